@@ -1,0 +1,187 @@
+"""The process that reads files and hashes them: `python -m modelp2p.daemon.hasher FD`.
+
+Hashing 16 KiB leaves holds Python's lock between leaves, so threads do not add up; one process per core does. A worker
+holds no secret, opens no path and writes nothing: every request brings its own descriptor (SCM_RIGHTS), and the answer is
+digests. It imports only the standard library and three modules of protocol/, because there is one worker per core.
+
+Invariants:
+- one request, then one reply, in order; a worker lives until its socket closes;
+- a file that is shorter than it was said to be is an error, never a hash over what was there;
+- memory is one buffer, the hashes of the current request and one SHA-256 state per unfinished flat hash.
+
+It deliberately does not compare hashes and does not retry: the daemon does both.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from hashlib import sha1, sha256
+from typing import TYPE_CHECKING
+
+from modelp2p.protocol import codec
+from modelp2p.protocol.errors import CorruptError, StoreError
+from modelp2p.protocol.framing import FrameDecoder, encode_frame
+from modelp2p.protocol.merkle import HASH_BYTES, LEAF_BYTES, leaf_hashes, root_of
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+MAX_REQUEST_BYTES = 4096
+# The layer of 64 MiB in 16 KiB pieces is 128 KiB; one request never covers more than the caps of HashPool allow.
+MAX_REPLY_BYTES = 1024 * 1024
+# Large enough for a disk to stream, small enough to stay in a core's cache between the read and the hash.
+BUFFER_BYTES = 1024 * 1024
+
+
+class Hasher:
+    """The operations of a worker, on descriptors; `OSError` passes through."""
+
+    def __init__(self, buffer_bytes: int = BUFFER_BYTES) -> None:
+        if buffer_bytes % LEAF_BYTES:
+            raise ValueError("the buffer must hold whole leaves")
+        self._buffer = memoryview(bytearray(buffer_bytes))
+        self._flats: dict[str, tuple[_Hash, int]] = {}
+
+    def pieces(self, fd: int, file_size: int, piece_length: int, first: int, count: int) -> bytes:
+        """The hashes of `count` pieces from `first`, 32 bytes each, as they stand in the layer of the file.
+
+        Raises:
+            CorruptError: the file ends before the last of them.
+        """
+        leaves_per_piece = piece_length // LEAF_BYTES * HASH_BYTES
+        begin, end = first * piece_length, min(file_size, (first + count) * piece_length)
+        leaves, hashes = bytearray(), bytearray()
+
+        def take(block: memoryview) -> None:
+            leaves.extend(leaf_hashes(block))
+            while len(leaves) >= leaves_per_piece:
+                hashes.extend(root_of(bytes(leaves[:leaves_per_piece])))
+                del leaves[:leaves_per_piece]
+
+        self._read(fd, begin, end, take)
+        if leaves:
+            # BEP 52 pads the last piece of a larger file to a whole piece, but a file of one piece only to its own tree.
+            padding = 0 if file_size <= piece_length else leaves_per_piece - len(leaves)
+            hashes += root_of(bytes(leaves) + bytes(padding))
+        return bytes(hashes)
+
+    def flat(self, fd: int, size: int, *, git: bool) -> tuple[bytes, bytes]:
+        """The SHA-256 of the whole file, and its git blob id, empty unless asked for."""
+        plain, blob = sha256(), sha1(b"blob %d\0" % size, usedforsecurity=False) if git else None
+
+        def take(block: memoryview) -> None:
+            plain.update(block)
+            if blob is not None:
+                blob.update(block)
+
+        self._read(fd, 0, size, take)
+        return plain.digest(), blob.digest() if blob is not None else b""
+
+    def flat_update(self, key: str, fd: int, offset: int, end: int) -> None:
+        """Adds the bytes from `offset` to `end` to the SHA-256 named `key`; offset 0 starts it over.
+
+        Raises:
+            StoreError: the state stands elsewhere; the caller starts over.
+            CorruptError: the file is shorter than `end`; the state is gone.
+        """
+        state, at = (sha256(), 0) if offset == 0 else self._flats.get(key, (None, 0))
+        if state is None or at != offset:
+            raise StoreError(f"a flat hash stands at byte {at}, not {offset}; it has to start over", at=at)
+        self._flats.pop(key, None)
+        self._read(fd, offset, end, state.update)
+        self._flats[key] = (state, end)
+
+    def flat_finish(self, key: str, size: int) -> bytes:
+        """The digest of `key`, which must have been fed exactly `size` bytes; its state is dropped."""
+        state, at = self._flats.pop(key, (sha256(), 0))
+        if at != size:
+            raise StoreError(f"a flat hash stands at byte {at}, not {size}; it has to start over", at=at)
+        return state.digest()
+
+    def flat_drop(self, key: str) -> None:
+        """Forgets `key`; unknown keys are fine."""
+        self._flats.pop(key, None)
+
+    def _read(self, fd: int, begin: int, end: int, take: Callable[[memoryview], object]) -> None:
+        while begin < end:
+            block = self._buffer[: min(len(self._buffer), end - begin)]
+            got = 0
+            while got < len(block):
+                step = os.preadv(fd, [block[got:]], begin + got)
+                if step == 0:
+                    at = begin + got
+                    raise CorruptError(f"file shorter than expected: {at} bytes of at least {end}", expected=end, got=at)
+                got += step
+            take(block)
+            begin += got
+
+
+def answer(hasher: Hasher, request: codec.Map, fd: int) -> codec.Map:
+    """The reply to one request; errors about the file are replies too, anything else ends the worker."""
+    where = "hash request"
+    try:
+        match codec.take(request, "op", str, where):
+            case "pieces":
+                numbers = [codec.take(request, name, int, where) for name in ("size", "piece_length", "first", "count")]
+                return {"hashes": hasher.pieces(fd, *numbers)}
+            case "flat":
+                plain, blob = hasher.flat(fd, codec.take(request, "size", int, where), git=codec.take(request, "git", bool, where))
+                return {"sha256": plain, "git_sha1": blob}
+            case "flat_update":
+                offset, end = codec.take(request, "offset", int, where), codec.take(request, "end", int, where)
+                hasher.flat_update(codec.take(request, "key", str, where), fd, offset, end)
+                return {}
+            case "flat_finish":
+                key = codec.take(request, "key", str, where)
+                return {"sha256": hasher.flat_finish(key, codec.take(request, "size", int, where))}
+            case "flat_drop":
+                hasher.flat_drop(codec.take(request, "key", str, where))
+                return {}
+            case op:
+                raise ValueError(f"unknown operation {op}")
+    except CorruptError as exc:
+        return {"error": "short", "message": exc.message}
+    except StoreError as exc:
+        return {"error": "state", "message": exc.message}
+    except OSError as exc:
+        return {"error": "disk", "message": exc.strerror or str(exc), "errno": exc.errno or 0}
+
+
+def serve(channel: socket.socket) -> None:
+    """Answers requests until the other side closes."""
+    decoder = FrameDecoder(MAX_REQUEST_BYTES)
+    hasher = Hasher()
+    fds: list[int] = []
+    while True:
+        data, received, _, _ = socket.recv_fds(channel, 65536, 1, socket.MSG_CMSG_CLOEXEC)
+        fds += received
+        if not data:
+            return
+        decoder.receive_data(data)
+        while (frame := decoder.next_frame()) is not None:
+            try:
+                reply = answer(hasher, codec.unpack_map(frame, max_bytes=MAX_REQUEST_BYTES), fds[0] if fds else -1)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+                fds.clear()
+            channel.sendall(encode_frame(codec.pack(reply), MAX_REPLY_BYTES))
+
+
+def main() -> None:
+    """Runs the worker on the inherited socket whose number is the only argument."""
+    # Ctrl-C goes to the whole foreground group; the daemon decides when workers end, by closing their sockets.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with socket.socket(fileno=int(sys.argv[1])) as channel:
+        try:
+            serve(channel)
+        except (BrokenPipeError, ConnectionResetError):
+            return
+
+
+if __name__ == "__main__":
+    main()

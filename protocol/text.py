@@ -1,0 +1,25 @@
+"""Text from strangers, made safe to show.
+
+Owns one rule: what reaches a terminal or a log holds no control, bidi or invisible character. Such a character is
+shown as its escape, never dropped, so that two different names never look the same (Trojan Source, CVE-2021-42574).
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+# Cc control, Cf format (bidi overrides, zero width), Cs lone surrogates, Co private use, Cn unassigned,
+# Zl/Zp line and paragraph separators: none of these belongs in a name on one line.
+_HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+
+
+def is_hidden(character: str) -> bool:
+    """Whether a single character steers or hides instead of showing."""
+    return unicodedata.category(character) in _HIDDEN_CATEGORIES
+
+
+def printable(text: str) -> str:
+    """`text` on one line with every hidden character escaped; idempotent on its own output."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(character.encode("unicode_escape").decode("ascii") if is_hidden(character) else character for character in text)

@@ -1,0 +1,190 @@
+"""The house rules of `docs/DESIGN.md`, walked over the syntax trees of all rooms: which room may import what.
+
+The walk reads source and imports nothing, so it sees a forbidden import inside a function as well as at the top.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("protocol", "daemon", "loader", "cli")
+
+# protocol/ is bytes and values: what could open, wait, spawn, draw lots or read a clock stays outside.
+IMPURE = frozenset(
+    "asyncio concurrent glob http io logging mmap multiprocessing os pathlib queue random secrets select selectors shutil "
+    "signal socket ssl subprocess sys tempfile threading time trio urllib".split()
+)
+IMPURE_CALLS = frozenset({"open", "input", "print", "exec", "eval", "__import__", "breakpoint"})
+
+# A foreign package and the only places that may know it, as path prefixes.
+HOMES = {
+    "libtorrent": ("daemon/engine/",),
+    "msgpack": ("protocol/codec.py",),
+    "cryptography": ("protocol/signing.py", "protocol/keyfile.py"),
+    "tuf": ("protocol/publisher.py",),
+    "securesystemslib": ("protocol/publisher.py",),
+    "torch": ("loader/",),
+    "trio": ("daemon/",),
+    "click": ("cli/",),
+    "rich": ("cli/",),
+    "platformdirs": ("cli/", "daemon/"),
+}
+# Oracles and baselines of tests and benchmarks; the product has strict parsers and clients of its own.
+NOWHERE = frozenset({"safetensors", "huggingface_hub", "transformers", "requests", "numpy"})
+
+STDLIB_ONLY = frozenset({"daemon/client.py"})
+
+
+class Import(NamedTuple):
+    """One imported module as written, and whether it is imported when the file is."""
+
+    module: str
+    line: int
+    lazy: bool
+
+
+def imports_of(tree: ast.AST) -> Iterator[Import]:
+    """Every import of a file; `from a.b import c` counts as `a.b.c`, since c may be a module.
+
+    What stands under `if TYPE_CHECKING:` is lazy: it never runs.
+    """
+
+    def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            yield from (Import(f"{source}.{alias.name}", node.lineno, lazy) for alias in node.names)
+        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or _is_type_checking(node)
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, inside)
+
+    return walk(tree, lazy=False)
+
+
+def violations(path: str, source: str) -> list[str]:
+    """What a file may not import, one sentence each that names the file, the line and the import.
+
+    `path` is relative to the repository, with forward slashes.
+    """
+    tree = ast.parse(source, filename=path)
+    found = [f"{path}:{item.line}: {item.module}: {why}" for item in imports_of(tree) if (why := _objection(path, item))]
+    if path.startswith("protocol/"):
+        found += [
+            f"{path}:{node.lineno}: {node.func.id}(): protocol/ is pure"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in IMPURE_CALLS
+        ]
+    return found
+
+
+def _objection(path: str, item: Import) -> str:
+    room = path.partition("/")[0]
+    top = item.module.partition(".")[0]
+    if top in ROOMS or not top:
+        return "import it as modelp2p.<room>"
+    if top == "modelp2p":
+        return _objection_to_ours(path, room, item)
+    if top in NOWHERE:
+        return "for tests and benchmarks only"
+    homes = HOMES.get(top)
+    if homes is not None and not path.startswith(homes):
+        return f"only in {', '.join(homes)}"
+    if path in STDLIB_ONLY and homes is not None:
+        return f"{path} is standard library and protocol only"
+    if room == "protocol" and top in IMPURE:
+        return "protocol/ is pure: no I/O, clock, thread or chance"
+    return ""
+
+
+def _objection_to_ours(path: str, room: str, item: Import) -> str:
+    target = item.module.removeprefix("modelp2p.")
+    target_room = target.partition(".")[0]
+    is_client = target == "daemon.client" or target.startswith("daemon.client.")
+    if path in STDLIB_ONLY:
+        return "" if target_room == "protocol" else f"{path} is standard library and protocol only"
+    if target_room in ("protocol", room) and target_room in ROOMS:
+        return ""
+    if room == "loader" and is_client:
+        return ""
+    if room == "cli" and target_room in ROOMS:
+        return "" if is_client or item.lazy else "import it inside the verb that needs it"
+    return f"{room}/ may not import {target_room}"
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def test_every_room_keeps_to_its_imports() -> None:
+    files = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    found = [
+        message for path in files for message in violations(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
+    ]
+    assert len(files) >= len(ROOMS), "the rooms were not found"
+    assert not found, "\n".join(found)
+
+
+PLANTED = {
+    "room by its folder name": ("daemon/service.py", "import protocol.codec", "protocol.codec"),
+    "relative import": ("daemon/service.py", "from . import config", "..config"),
+    "protocol opens a file": ("protocol/codec.py", "def f():\n    return open('x')", "open()"),
+    "protocol imports os": ("protocol/codec.py", "import os.path", "os.path"),
+    "protocol imports the daemon": ("protocol/codec.py", "from modelp2p.daemon import config", "modelp2p.daemon.config"),
+    "protocol imports trio in a function": ("protocol/codec.py", "def f():\n    import trio", "trio"),
+    "daemon imports the loader": ("daemon/service.py", "import modelp2p.loader", "modelp2p.loader"),
+    "daemon imports the cli in a function": (
+        "daemon/main.py",
+        "def f():\n    from modelp2p.cli import main",
+        "modelp2p.cli.main",
+    ),
+    "client imports trio": ("daemon/client.py", "import trio", "trio"),
+    "client imports its own room": ("daemon/client.py", "from modelp2p.daemon.config import Config", "modelp2p.daemon.config"),
+    "client imports for types alone": (
+        "daemon/client.py",
+        "if TYPE_CHECKING:\n    from modelp2p.daemon.config import Config",
+        "modelp2p.daemon.config",
+    ),
+    "loader imports the service": ("loader/api.py", "from modelp2p.daemon import service", "modelp2p.daemon.service"),
+    "loader imports libtorrent": ("loader/api.py", "import libtorrent as lt", "libtorrent"),
+    "cli imports the daemon at the top": ("cli/daemon.py", "from modelp2p.daemon.main import run", "modelp2p.daemon.main"),
+    "cli imports the loader at the top": ("cli/load.py", "import modelp2p.loader", "modelp2p.loader"),
+    "cli imports torch in a function": ("cli/load.py", "def f():\n    import torch", "torch"),
+    "libtorrent outside the engine": ("daemon/service.py", "import libtorrent", "libtorrent"),
+    "msgpack outside the codec": ("protocol/manifest.py", "from msgpack import packb", "msgpack"),
+    "torch outside the loader": ("daemon/service.py", "import torch", "torch"),
+    "cryptography in trust rules": ("protocol/publisher.py", "import cryptography.x509", "cryptography"),
+    "tuf in the daemon": ("daemon/trust.py", "from tuf.api.metadata import Root", "tuf.api.metadata"),
+    "the oracle in the product": ("loader/api.py", "from safetensors import safe_open", "safetensors"),
+}
+
+
+@pytest.mark.parametrize(("path", "source", "named"), PLANTED.values(), ids=PLANTED.keys())
+def test_a_planted_violation_is_caught_and_named(path: str, source: str, named: str) -> None:
+    (message,) = violations(path, source)
+    assert message.startswith(f"{path}:")
+    assert named in message
+
+
+ALLOWED = {
+    "daemon to protocol": ("daemon/service.py", "from modelp2p.protocol.codec import pack\nimport trio, os"),
+    "engine to libtorrent": ("daemon/engine/session.py", "import libtorrent as lt\nfrom modelp2p.daemon.swarm import Swarm"),
+    "client": ("daemon/client.py", "import socket, os\nfrom modelp2p.protocol.framing import FrameDecoder"),
+    "loader": ("loader/api.py", "import torch, mmap\nfrom modelp2p.daemon.client import Client"),
+    "cli": ("cli/load.py", "import click\nfrom modelp2p.daemon.client import Client\ndef f():\n    from modelp2p import loader"),
+    "cli for types": ("cli/config.py", "if TYPE_CHECKING:\n    from modelp2p.daemon.config import Config"),
+    "codec": ("protocol/codec.py", "import msgpack, hashlib, struct"),
+}
+
+
+@pytest.mark.parametrize(("path", "source"), ALLOWED.values(), ids=ALLOWED.keys())
+def test_what_the_rooms_need_is_allowed(path: str, source: str) -> None:
+    assert violations(path, source) == []
