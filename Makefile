@@ -74,7 +74,8 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	@set -e; for script in tests/bench/bench_$(if $(BENCH),$(BENCH),*).py; do \
-	  echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); \
+	  module=$$(echo "$${script%.py}" | tr / .); \
+	  echo "==> $$module"; $(BIN)/python -m "$$module" $(ARGS); \
 	done
 
 clean:

@@ -155,7 +155,9 @@ def _openat2(dirfd: int, path: str, flags: int, mode: int) -> int:
     # struct open_how { u64 flags, mode, resolve }; a mode without O_CREAT is EINVAL.
     how = struct.pack("QQQ", flags, mode if flags & os.O_CREAT else 0, _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS)
     while True:
-        fd = int(_libc.syscall(ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(dirfd), os.fsencode(path), how, ctypes.c_size_t(len(how))))
+        fd = int(
+            _libc.syscall(ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(dirfd), os.fsencode(path), how, ctypes.c_size_t(len(how)))
+        )
         if fd >= 0:
             return fd
         code = ctypes.get_errno()

@@ -129,7 +129,9 @@ def answer(hasher: Hasher, request: codec.Map, fd: int) -> codec.Map:
                 numbers = [codec.take(request, name, int, where) for name in ("size", "piece_length", "first", "count")]
                 return {"hashes": hasher.pieces(fd, *numbers)}
             case "flat":
-                plain, blob = hasher.flat(fd, codec.take(request, "size", int, where), git=codec.take(request, "git", bool, where))
+                plain, blob = hasher.flat(
+                    fd, codec.take(request, "size", int, where), git=codec.take(request, "git", bool, where)
+                )
                 return {"sha256": plain, "git_sha1": blob}
             case "flat_update":
                 offset, end = codec.take(request, "offset", int, where), codec.take(request, "end", int, where)

@@ -1,35 +1,28 @@
-"""The hash pool: SHA-256 over files on all cores, asked for by the daemon's tasks.
+"""Hashing files on all cores: pieces as BEP 52 counts them, and the flat SHA-256 that Hugging Face names files by.
 
-Workers are processes (`hasher.py`), started when first needed. A request is small (at most 64 MiB of a file): so progress
-is smooth, a cancelled request costs a worker at most a blink, and no long file keeps others waiting.
+A request covers at most 64 MiB of a file, so progress is smooth, a cancelled request costs a worker a blink, and no long
+file keeps others waiting. A flat SHA-256 is one chain and cannot be split: it advances in one worker, while other workers
+hash the pieces of the same region, so that a file larger than memory is read from the disk once, not twice.
 
-Invariants:
-- at most `queue_limit` requests exist at once; further callers wait;
-- a request holds its own duplicate of the descriptor, so a caller may close its own as soon as it was cancelled;
-- a worker that dies is replaced; its request is tried once more elsewhere, then it is a `StoreError`;
-- a running flat hash lives in one worker; if that dies the hash starts over, it never continues from a guess.
-
-It deliberately does not know what the hashes should be.
+It deliberately does not know what the hashes should be; `hashpool.py` has the processes, `hasher.py` is one of them.
 """
 
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count as counter
-from types import TracebackType
-from typing import Self, TypeAlias
+from typing import TypeAlias
 
 import trio
 
-from modelp2p.daemon.diskerror import disk_error, on_disk
-from modelp2p.daemon.hashworker import WorkerDied, WorkerProcess
+from modelp2p.daemon.diskerror import on_disk
+from modelp2p.daemon.hashpool import StateLostError, WorkerPool
 from modelp2p.protocol import codec
-from modelp2p.protocol.errors import CorruptError, ModelP2PError, StoreError
-from modelp2p.protocol.merkle import pieces_in
+from modelp2p.protocol.errors import ModelP2PError
+from modelp2p.protocol.merkle import pieces_in, root_of_layer
 
 Progress: TypeAlias = Callable[[int], None]
 """Told how many more bytes of a file are hashed; over one file the numbers add up to its size."""
@@ -37,13 +30,32 @@ Progress: TypeAlias = Callable[[int], None]
 CHUNK_BYTES = 64 * 1024 * 1024
 """Most file bytes of one request: about 50 ms of one core."""
 
-# Unfinished flat hashes; a release has at most 10,000 files.
-MAX_KEYS = 16_384
+LEAD_BYTES = 512 * 1024 * 1024
+"""How far the flat hash and the pieces of one file may be apart: it has to stay in the page cache in between."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileHashes:
+    """All hashes of one file: `layer` is its piece hashes, `root` their root (both empty for an empty file)."""
+
+    layer: bytes
+    root: bytes
+    sha256: bytes
+    git_sha1: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class FileToHash:
+    """A file for `hash_files`: `open` returns a fresh descriptor, which the pool closes, so that few are open at once."""
+
+    open: Callable[[], int]
+    size: int
+    git: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class HashPoolStatistics:
-    """Totals since the pool was made; `workers` is how many processes run now, `waiting` how many requests no worker has."""
+    """Totals since the pool was made; `workers` is how many processes run now, `waiting` what none has taken yet."""
 
     workers: int
     bytes_read: int
@@ -53,85 +65,35 @@ class HashPoolStatistics:
     replaced: int
 
 
-@dataclass(eq=False, slots=True)
-class _Job:
-    request: codec.Map
-    fd: int | None
-    done: trio.Event = field(default_factory=trio.Event)
-    reply: codec.Map | ModelP2PError | None = None
-    tries: int = 0
+class HashPool(WorkerPool):
+    """Hashes files by up to `workers` processes: `async with HashPool(workers=n) as pool`.
 
-    def finish(self, reply: codec.Map | ModelP2PError) -> None:
-        self.reply = reply
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
-        self.done.set()
-
-
-@dataclass(eq=False, slots=True)
-class _Worker:
-    wake: trio.Event = field(default_factory=trio.Event)
-    jobs: deque[_Job] = field(default_factory=deque)
-    keys: set[str] = field(default_factory=set)
-    process: WorkerProcess | None = None
-
-
-class HashPool:
-    """Up to `workers` hashing processes; use it as `async with HashPool(workers=n) as pool`.
-
-    Resources: leaving the block, also by cancellation, ends all processes before it returns.
+    Descriptors stay the caller's, need only be readable, and keep their position. All methods raise `CorruptError` for a
+    file shorter than it was said to be, and `StoreError` where reading fails or workers die twice; results of cancelled
+    calls are dropped and the workers go on.
     """
 
     def __init__(self, *, workers: int | None = None, queue_limit: int | None = None) -> None:
-        count = workers or len(os.sched_getaffinity(0))
-        self._workers = [_Worker() for _ in range(count)]
-        self._jobs: deque[_Job] = deque()
-        self._slots = trio.Semaphore(queue_limit or 4 * count + 8)
-        self._home: dict[str, _Worker] = {}
+        super().__init__(workers=workers, queue_limit=queue_limit)
         self._names = counter()
-        self._bytes_read = self._pieces = self._requests = self._replaced = 0
-        self._nursery: trio.Nursery | None = None
-
-    @property
-    def worker_limit(self) -> int:
-        """How many processes there may be."""
-        return len(self._workers)
+        self._bytes_read = 0
+        self._pieces = 0
 
     def __repr__(self) -> str:
         return f"<HashPool {self.statistics()}>"
 
     def statistics(self) -> HashPoolStatistics:
-        running = sum(worker.process is not None for worker in self._workers)
-        waiting = len(self._jobs) + sum(len(worker.jobs) for worker in self._workers)
-        return HashPoolStatistics(running, self._bytes_read, self._pieces, self._requests, waiting, self._replaced)
-
-    async def __aenter__(self) -> Self:
-        self._manager = trio.open_nursery()
-        self._nursery = await self._manager.__aenter__()
-        for worker in self._workers:
-            self._nursery.start_soon(self._run_worker, worker)
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> bool | None:
-        assert self._nursery is not None
-        self._nursery.cancel_scope.cancel()
-        self._nursery = None
-        if isinstance(exc, trio.Cancelled | BaseExceptionGroup):
-            return await self._manager.__aexit__(kind, exc, trace)
-        # An error of the block is the caller's own: it passes as it is, not wrapped in this nursery's group.
-        await self._manager.__aexit__(None, None, None)
-        return None
+        return HashPoolStatistics(
+            workers=len(self.pids),
+            bytes_read=self._bytes_read,
+            pieces=self._pieces,
+            requests=self.requests,
+            waiting=self.waiting,
+            replaced=self.replaced,
+        )
 
     async def hash_pieces(self, fd: int, *, file_size: int, piece_length: int, first: int, count: int) -> bytes:
-        """The hashes of `count` pieces from `first` of the file `fd`, 32 bytes each, as they stand in its layer.
-
-        Cancellation: the result is dropped.
-
-        Raises:
-            CorruptError: the file is shorter than `file_size` says.
-            StoreError: reading failed, or workers died twice.
-        """
+        """The hashes of `count` pieces from `first`, 32 bytes each, as they stand in the layer of the file."""
         if not 0 <= first <= first + count <= pieces_in(file_size, piece_length):
             raise ValueError(f"a file of {file_size} bytes has no pieces {first} to {first + count}")
         per_request = max(1, CHUNK_BYTES // piece_length)
@@ -139,203 +101,182 @@ class HashPool:
         for at in range(first, first + count, per_request):
             some = min(per_request, first + count - at)
             request: codec.Map = {"op": "pieces", "size": file_size, "piece_length": piece_length, "first": at, "count": some}
-            found += codec.take(await self._ask(request, fd), "hashes", bytes)
+            found += codec.take(await self.ask(request, fd), "hashes", bytes)
             self._pieces += some
             self._bytes_read += min(file_size, (at + some) * piece_length) - at * piece_length
         return bytes(found)
 
-    async def flat(self, fd: int, size: int, *, git: bool = False, progress: Progress | None = None) -> tuple[bytes, bytes | None]:
-        """The SHA-256 of the first `size` bytes of `fd`, and with `git` the git blob id (20 bytes) of those bytes.
+    async def flat(self, fd: int, size: int, git: bool = False, progress: Progress | None = None) -> tuple[bytes, bytes | None]:
+        """The SHA-256 of the first `size` bytes and, with `git`, the git blob id (20 bytes) of those bytes.
 
-        With `git` the file is read in one request: git ids are for small files.
+        With `git` the file is read in one request, whatever its size: git ids are for small files.
+        """
+        return await self._flat(fd, size, git, progress or _silent, _at_once)
+
+    async def flat_update(self, key: str, fd: int, offset: int, end: int) -> None:
+        """Adds the bytes `offset` to `end` to the flat SHA-256 named `key`; offset 0 starts it, or starts it over.
+
+        One task per key at a time. After an error or a cancellation drop the key or start over.
 
         Raises:
-            CorruptError: the file is shorter.
-            StoreError: reading failed, or workers died twice.
+            StateLostError: the worker that held it died, or it stands elsewhere: start over from 0.
         """
-        tell = progress or _silent
+        if offset == 0:
+            self.start_key(key)
+        for at in range(offset, end, CHUNK_BYTES):
+            until = min(end, at + CHUNK_BYTES)
+            await self.ask({"op": "flat_update", "key": key, "offset": at, "end": until}, fd, key=key)
+            self._bytes_read += until - at
+
+    async def flat_finish(self, key: str, size: int) -> bytes:
+        """The SHA-256 of `key`, which must have been fed exactly `size` bytes; the key is gone then, also after an error.
+
+        Raises:
+            StateLostError: as for `flat_update`.
+        """
+        try:
+            return codec.take(await self.ask({"op": "flat_finish", "key": key, "size": size}, key=key), "sha256", bytes)
+        finally:
+            self.forget_key(key)
+
+    def flat_drop(self, key: str) -> None:
+        """Forgets `key`; unknown keys are fine."""
+        self.drop_key(key)
+
+    async def hash_file(
+        self, fd: int, size: int, piece_length: int, git: bool = False, progress: Progress | None = None
+    ) -> FileHashes:
+        """All hashes of one file: the flat ones in one worker, its pieces in the others."""
+        apart = _Apart()
+        ranges = list(_piece_ranges(size, piece_length))
+        found: list[bytes] = [b""] * len(ranges)
+        flats: list[tuple[bytes, bytes | None]] = []
+        upcoming = iter(enumerate(ranges))
+
+        async def take_flat() -> None:
+            def tell(done: int) -> None:
+                apart.flat += done
+                apart.changed()
+                (progress or _silent)(done)
+
+            flats.append(await self._flat(fd, size, git, tell, apart.wait_flat))
+
+        async def take_pieces() -> None:
+            for index, (first, count) in upcoming:
+                await apart.wait_pieces(first * piece_length)
+                found[index] = await self.hash_pieces(fd, file_size=size, piece_length=piece_length, first=first, count=count)
+                apart.pieces += count * piece_length
+                apart.changed()
+
+        hands = min(len(ranges), self.worker_limit, LEAD_BYTES // CHUNK_BYTES)
+        await _all_of([take_flat, *[take_pieces] * hands])
+        layer = b"".join(found)
+        return FileHashes(layer, root_of_layer(layer, piece_length), *flats[0])
+
+    async def hash_files(
+        self, files: Sequence[FileToHash], piece_length: int, progress: Progress | None = None
+    ) -> list[FileHashes]:
+        """All hashes of many files, in the order of `files`; the longest are begun first, so that no core waits at the end."""
+        found: dict[int, FileHashes] = {}
+        upcoming = iter(sorted(range(len(files)), key=lambda index: -files[index].size))
+
+        async def take_files() -> None:
+            for index in upcoming:
+                file = files[index]
+                with on_disk("cannot open a file to hash it"):
+                    fd = file.open()
+                try:
+                    found[index] = await self.hash_file(fd, file.size, piece_length, file.git, progress)
+                finally:
+                    os.close(fd)
+
+        # A file keeps two workers busy, one with its flat hash and one with its pieces; one more fills the gaps.
+        await _all_of([take_files] * min(len(files), self.worker_limit // 2 + 1))
+        return [found[index] for index in range(len(files))]
+
+    async def _flat(
+        self, fd: int, size: int, git: bool, tell: Progress, wait_turn: Callable[[int], Awaitable[None]]
+    ) -> tuple[bytes, bytes | None]:
         if git or size <= CHUNK_BYTES:
-            reply = await self._ask({"op": "flat", "size": size, "git": git}, fd)
+            reply = await self.ask({"op": "flat", "size": size, "git": git}, fd)
             self._bytes_read += size
             tell(size)
             return codec.take(reply, "sha256", bytes), codec.take(reply, "git_sha1", bytes) if git else None
-        # A second run after a death tells only what the first had not told.
-        told = 0
-        for is_last in (False, True):
-            try:
-                async with self.flat_key() as key:
-                    for at in range(0, size, CHUNK_BYTES):
-                        end = min(size, at + CHUNK_BYTES)
-                        await self.flat_update(key, fd, at, end)
-                        tell(max(0, end - max(at, told)))
-                        told = max(told, end)
-                    return await self.flat_finish(key, size), None
-            except _StateLostError:
-                if is_last:
-                    raise
-        raise AssertionError("unreachable")
+        told = 0  # a second run, after the death of a worker, tells only what the first had not told
+
+        async def run() -> bytes:
+            nonlocal told
+            async with self._fresh_key() as key:
+                for at in range(0, size, CHUNK_BYTES):
+                    await wait_turn(at)
+                    end = min(size, at + CHUNK_BYTES)
+                    await self.flat_update(key, fd, at, end)
+                    if end > told:
+                        tell(end - told)
+                        told = end
+                return await self.flat_finish(key, size)
+
+        try:
+            return await run(), None
+        except StateLostError:
+            return await run(), None
 
     @asynccontextmanager
-    async def flat_key(self) -> AsyncIterator[str]:
-        """A fresh key for `flat_update`, forgotten at the end of the block."""
+    async def _fresh_key(self) -> AsyncIterator[str]:
         key = f"#{next(self._names)}"
         try:
             yield key
         finally:
-            self._drop_nowait(key)
+            self.drop_key(key)
 
-    async def flat_update(self, key: str, fd: int, offset: int, end: int) -> None:
-        """Adds the bytes `offset` to `end` of `fd` to the flat SHA-256 named `key`; offset 0 starts it (over).
 
-        One task per key at a time. Cancellation: whether the bytes were added is not known; drop the key.
+class _Apart:
+    """Keeps the flat hash and the pieces of one file within `LEAD_BYTES` of each other."""
 
-        Raises:
-            CorruptError: the file is shorter; the key is gone.
-            StoreError: reading failed, or the worker that held the state died: start over from 0.
-        """
-        if offset == 0:
-            self._drop_nowait(key)
-        worker = self._home.get(key) or self._settle(key, offset)
-        for at in range(offset, end, CHUNK_BYTES):
-            until = min(end, at + CHUNK_BYTES)
-            await self._ask({"op": "flat_update", "key": key, "offset": at, "end": until}, fd, worker)
-            self._bytes_read += until - at
+    def __init__(self) -> None:
+        self.flat = 0
+        self.pieces = 0
+        self._lot = trio.lowlevel.ParkingLot()
 
-    async def flat_finish(self, key: str, size: int) -> bytes:
-        """The SHA-256 of `key`, which must have been fed exactly `size` bytes; the key is gone then.
+    def changed(self) -> None:
+        self._lot.unpark_all()
 
-        Raises:
-            StoreError: it stands elsewhere, or its state is lost: start over from 0.
-        """
-        worker = self._home.get(key) or self._settle(key, size)
+    async def wait_flat(self, at: int) -> None:
+        while at >= self.pieces + LEAD_BYTES:
+            await self._lot.park()
+
+    async def wait_pieces(self, at: int) -> None:
+        while at >= self.flat + LEAD_BYTES:
+            await self._lot.park()
+
+
+def _piece_ranges(size: int, piece_length: int) -> Iterator[tuple[int, int]]:
+    total, step = pieces_in(size, piece_length), max(1, CHUNK_BYTES // piece_length)
+    for first in range(0, total, step):
+        yield first, min(step, total - first)
+
+
+async def _all_of(tasks: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    """Runs all `tasks`; the first error of ours ends the rest and is raised as it is."""
+    errors: list[ModelP2PError] = []
+
+    async def run(task: Callable[[], Awaitable[None]]) -> None:
         try:
-            return codec.take(await self._ask({"op": "flat_finish", "key": key, "size": size}, None, worker), "sha256", bytes)
-        finally:
-            self._leave(key)
+            await task()
+        except ModelP2PError as exc:
+            errors.append(exc)
+            nursery.cancel_scope.cancel()
 
-    async def flat_drop(self, key: str) -> None:
-        """Forgets `key`; unknown keys are fine."""
-        self._drop_nowait(key)
-        await trio.lowlevel.checkpoint()
-
-    def _settle(self, key: str, offset: int) -> _Worker:
-        if offset != 0:
-            raise _StateLostError("a flat hash was lost with its worker; it has to start over")
-        if len(self._home) >= MAX_KEYS:
-            raise StoreError(f"{MAX_KEYS} flat hashes are unfinished; no more can be started")
-        worker = min(self._workers, key=lambda candidate: (len(candidate.keys), len(candidate.jobs)))
-        worker.keys.add(key)
-        self._home[key] = worker
-        return worker
-
-    def _leave(self, key: str) -> _Worker | None:
-        worker = self._home.pop(key, None)
-        if worker is not None:
-            worker.keys.discard(key)
-        return worker
-
-    def _drop_nowait(self, key: str) -> None:
-        worker = self._leave(key)
-        if worker is not None and worker.process is not None:
-            worker.jobs.append(_Job({"op": "flat_drop", "key": key}, None))
-            worker.wake.set()
-
-    async def _ask(self, request: codec.Map, fd: int | None, worker: _Worker | None = None) -> codec.Map:
-        if self._nursery is None:
-            raise StoreError("the hash pool is closed")
-        async with self._slots:
-            with on_disk("cannot hand a file to a hash worker"):
-                job = _Job(request, None if fd is None else os.dup(fd))
-            queue = self._jobs if worker is None else worker.jobs
-            queue.append(job)
-            self._requests += 1
-            self._wake(worker)
-            try:
-                await job.done.wait()
-            finally:
-                if job in queue:
-                    queue.remove(job)
-                    job.finish({})
-        return _checked(job.reply)
-
-    def _wake(self, worker: _Worker | None) -> None:
-        if worker is not None:
-            worker.wake.set()
-            return
-        # Workers that run already come first, so that a single request starts a single process.
-        for candidate in sorted(self._workers, key=lambda one: one.process is None):
-            if not candidate.wake.is_set():
-                candidate.wake.set()
-                return
-
-    async def _run_worker(self, worker: _Worker) -> None:
-        try:
-            while True:
-                await worker.wake.wait()
-                # A flat hash is the longest chain of a file: it goes first, pieces fill what is left.
-                queue = worker.jobs or self._jobs
-                if not queue:
-                    worker.wake = trio.Event()
-                    continue
-                await self._perform(worker, queue.popleft())
-        finally:
-            process, worker.process = worker.process, None
-            if process is not None:
-                await process.aclose()
-
-    async def _perform(self, worker: _Worker, job: _Job) -> None:
-        try:
-            if worker.process is None:
-                worker.process = await WorkerProcess.start()
-            reply = await worker.process.ask(job.request, job.fd)
-        except WorkerDied:
-            await self._bury(worker, job)
-        except OSError as exc:
-            job.finish(disk_error(exc, "cannot start a hash worker"))
-        except trio.Cancelled:
-            job.finish(StoreError("the hash pool is closed"))
-            raise
-        else:
-            job.finish(reply)
-
-    async def _bury(self, worker: _Worker, job: _Job) -> None:
-        process, worker.process = worker.process, None
-        self._replaced += 1
-        for key in list(worker.keys):
-            self._leave(key)
-        lost, worker.jobs = worker.jobs, deque()
-        if "key" in job.request:
-            lost.append(job)
-        elif job.tries:
-            job.finish(StoreError("hash workers died twice over one request", hint="See the daemon's log; the disk may be failing."))
-        else:
-            job.tries += 1
-            self._jobs.appendleft(job)
-        for one in lost:
-            one.finish(_StateLostError("a flat hash was lost with its worker; it has to start over"))
-        if process is not None:
-            await process.aclose()
-
-
-class _StateLostError(StoreError):
-    """A running flat hash is gone with its worker."""
-
-
-def _checked(reply: codec.Map | ModelP2PError | None) -> codec.Map:
-    match reply:
-        case ModelP2PError():
-            raise reply
-        case {"error": "short", "message": str(message)}:
-            raise CorruptError(message)
-        case {"error": "state", "message": str(message)}:
-            raise _StateLostError(message)
-        case {"error": "disk", "message": str(message), "errno": int(code)}:
-            raise disk_error(OSError(code, message), "cannot read a file to hash it")
-        case None:
-            raise AssertionError("a request ended without a reply")
-        case _:
-            return reply
+    async with trio.open_nursery() as nursery:
+        for task in tasks:
+            nursery.start_soon(run, task)
+    if errors:
+        raise errors[0]
 
 
 def _silent(_: int) -> None:
     """Nobody asked for progress."""
+
+
+async def _at_once(_: int) -> None:
+    """Nothing to wait for."""

@@ -36,7 +36,17 @@ _STEP_BYTES = 32 * 1024 * 1024
 _BUFFER_BYTES = 1024 * 1024
 # Another file system, no such operation there, a link limit, protected_hardlinks, or a source without a name.
 _NOT_THIS_WAY = frozenset(
-    {errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EPERM, errno.EMLINK, errno.ENOENT, errno.ENOSYS, errno.EBADF}
+    {
+        errno.EXDEV,
+        errno.EOPNOTSUPP,
+        errno.ENOTTY,
+        errno.EINVAL,
+        errno.EPERM,
+        errno.EMLINK,
+        errno.ENOENT,
+        errno.ENOSYS,
+        errno.EBADF,
+    }
 )
 
 

@@ -51,9 +51,7 @@ class HomeLock:
         self._fd = fd
 
     @classmethod
-    def acquire(
-        cls, path: str | os.PathLike[str], info: LockInfo, *, is_network: Callable[[int], bool] | None = None
-    ) -> Self:
+    def acquire(cls, path: str | os.PathLike[str], info: LockInfo, *, is_network: Callable[[int], bool] | None = None) -> Self:
         """Takes the lock file at `path` (made 0644; its folder must exist) for the daemon `info`.
 
         `is_network` says of a descriptor whether its file system is shared between hosts; default: by its type.

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from typing_extensions import TypeIs
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("protocol", "daemon", "loader", "cli")
 
 # protocol/ is bytes and values: what could open, wait, spawn, draw lots or read a clock stays outside.
-IMPURE = frozenset(
-    "asyncio concurrent glob http io logging mmap multiprocessing os pathlib queue random secrets select selectors shutil "
-    "signal socket ssl subprocess sys tempfile threading time trio urllib".split()
-)
+IMPURE = {
+    "I/O": ("asyncio", "glob", "http", "io", "mmap", "os", "pathlib", "select", "selectors", "shutil", "socket", "ssl", "sys"),
+    "I/O in disguise": ("logging", "subprocess", "tempfile", "urllib.request", "urllib.response"),
+    "a thread or task": ("concurrent", "multiprocessing", "queue", "signal", "threading", "trio"),
+    "a clock or chance": ("random", "secrets", "time", "uuid"),
+}
 IMPURE_CALLS = frozenset({"open", "input", "print", "exec", "eval", "__import__", "breakpoint"})
 
 # A foreign package and the only places that may know it, as path prefixes.
@@ -43,31 +47,35 @@ NOWHERE = frozenset({"safetensors", "huggingface_hub", "transformers", "requests
 STDLIB_ONLY = frozenset({"daemon/client.py"})
 
 
+When = Literal["import", "call", "types"]
+
+
 class Import(NamedTuple):
-    """One imported module as written, and whether it is imported when the file is."""
+    """One imported module as written, and when it is: with its file, when a function is called, or for the type checker only."""
 
     module: str
     line: int
-    lazy: bool
+    when: When
 
 
 def imports_of(tree: ast.AST) -> Iterator[Import]:
-    """Every import of a file; `from a.b import c` counts as `a.b.c`, since c may be a module.
+    """Every import of a file; `from a.b import c` counts as `a.b.c`, since c may be a module."""
 
-    What stands under `if TYPE_CHECKING:` is lazy: it never runs.
-    """
-
-    def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
+    def walk(node: ast.AST, when: When) -> Iterator[Import]:
         if isinstance(node, ast.Import):
-            yield from (Import(alias.name, node.lineno, lazy) for alias in node.names)
+            yield from (Import(alias.name, node.lineno, when) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             source = "." * node.level + (node.module or "")
-            yield from (Import(f"{source}.{alias.name}", node.lineno, lazy) for alias in node.names)
-        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or _is_type_checking(node)
+            yield from (Import(f"{source}.{alias.name}", node.lineno, when) for alias in node.names)
+        elif _is_type_checking(node):
+            yield from (found for child in node.body for found in walk(child, "types"))
+            yield from (found for child in node.orelse for found in walk(child, when))
+            return
+        inside: When = "call" if when == "import" and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else when
         for child in ast.iter_child_nodes(node):
             yield from walk(child, inside)
 
-    return walk(tree, lazy=False)
+    return walk(tree, "import")
 
 
 def violations(path: str, source: str) -> list[str]:
@@ -100,8 +108,8 @@ def _objection(path: str, item: Import) -> str:
         return f"only in {', '.join(homes)}"
     if path in STDLIB_ONLY and homes is not None:
         return f"{path} is standard library and protocol only"
-    if room == "protocol" and top in IMPURE:
-        return "protocol/ is pure: no I/O, clock, thread or chance"
+    if room == "protocol" and item.when != "types":
+        return next((f"protocol/ is pure: this is {what}" for what, names in IMPURE.items() if _is_in(item.module, names)), "")
     return ""
 
 
@@ -116,11 +124,15 @@ def _objection_to_ours(path: str, room: str, item: Import) -> str:
     if room == "loader" and is_client:
         return ""
     if room == "cli" and target_room in ROOMS:
-        return "" if is_client or item.lazy else "import it inside the verb that needs it"
+        return "" if is_client or item.when != "import" else "import it inside the verb that needs it"
     return f"{room}/ may not import {target_room}"
 
 
-def _is_type_checking(node: ast.AST) -> bool:
+def _is_in(module: str, names: tuple[str, ...]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in names)
+
+
+def _is_type_checking(node: ast.AST) -> TypeIs[ast.If]:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
@@ -139,6 +151,7 @@ PLANTED = {
     "protocol opens a file": ("protocol/codec.py", "def f():\n    return open('x')", "open()"),
     "protocol imports os": ("protocol/codec.py", "import os.path", "os.path"),
     "protocol imports the daemon": ("protocol/codec.py", "from modelp2p.daemon import config", "modelp2p.daemon.config"),
+    "protocol imports os beside its types": ("protocol/codec.py", "if TYPE_CHECKING:\n    pass\nelse:\n    import os", "os"),
     "protocol imports trio in a function": ("protocol/codec.py", "def f():\n    import trio", "trio"),
     "daemon imports the loader": ("daemon/service.py", "import modelp2p.loader", "modelp2p.loader"),
     "daemon imports the cli in a function": (
@@ -182,6 +195,8 @@ ALLOWED = {
     "cli": ("cli/load.py", "import click\nfrom modelp2p.daemon.client import Client\ndef f():\n    from modelp2p import loader"),
     "cli for types": ("cli/config.py", "if TYPE_CHECKING:\n    from modelp2p.daemon.config import Config"),
     "codec": ("protocol/codec.py", "import msgpack, hashlib, struct"),
+    "a type of the standard library": ("protocol/journal.py", "if TYPE_CHECKING:\n    import os"),
+    "links": ("protocol/links.py", "from urllib.parse import urlsplit"),
 }
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +26,7 @@ def test_frames_come_out_the_same_however_the_stream_is_cut(payloads: list[bytes
     edges = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
     decoder = FrameDecoder(40)
     frames = []
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         decoder.receive_data(stream[begin:end])
         frames += drain(decoder)
     assert frames == payloads

@@ -1,0 +1,306 @@
+"""The control-socket server: one owner commands one daemon.
+
+Invariants:
+- the socket's mode is set before it is bound, so there is no moment in which others may connect; the folder is 0700;
+- a peer that is neither this user nor root is refused by SO_PEERCRED before a byte of it is read;
+- at most `MAX_CLIENTS` connections; a request that is not whole within `REQUEST_TIMEOUT_S`, or a reader that does not read
+  for as long, loses its connection and nothing else;
+- every descriptor received is closed here when its request ends.
+
+It knows no verb: a handler gets a `Call` and returns a result. Closing a connection cancels its running request.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from modelp2p.daemon.client import build
+from modelp2p.protocol import control
+from modelp2p.protocol.codec import Map
+from modelp2p.protocol.control import Event, Failure, Hello, Message, Request, Result
+from modelp2p.protocol.errors import DaemonError, DeniedError, FormatError, ModelP2PError, StoreError
+from modelp2p.protocol.framing import FrameDecoder
+
+log = logging.getLogger(__name__)
+
+_READ_BYTES = 1 << 16
+_BACKLOG = 64
+_ROOT_UID = 0
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a handler returns; `fds` are sent and then closed here."""
+
+    result: Map
+    fds: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Call:
+    """One request as a handler sees it. `fds` stay open until the handler returns."""
+
+    verb: str
+    args: Map
+    fds: tuple[int, ...]
+    emit: Callable[[Map], None]
+    """Queue a progress event; a slow client misses events, never the result."""
+    session: dict[str, object] = field(default_factory=dict)
+    """State of this connection (what `publish` prepared, for its `publish_commit`)."""
+
+
+Handler = Callable[[Call], Awaitable[Answer]]
+
+
+class ControlServer:
+    """Listens on one Unix socket and hands requests to `handler`."""
+
+    def __init__(self, path: Path, handler: Handler) -> None:
+        self.path = path
+        self._handler = handler
+        self._clients = 0
+        self._served = 0
+        self.on_idle: Callable[[], None] = lambda: None
+        """Called when the last client has gone."""
+
+    @property
+    def clients(self) -> int:
+        """Connections open now."""
+        return self._clients
+
+    def __repr__(self) -> str:
+        return f"<ControlServer {self.path}, {self._clients} clients, {self._served} requests served>"
+
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Accept clients until cancelled; started when the socket accepts connections.
+
+        Resources: removes the socket file at the end.
+        """
+        listener = _bind(self.path)
+        inode = os.stat(self.path).st_ino
+        try:
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                while True:
+                    connection, _ = await listener.accept()
+                    nursery.start_soon(self._serve_client, connection)
+        finally:
+            listener.close()
+            # Only our own file: a successor may already have put its socket there.
+            if self.path.exists() and os.stat(self.path).st_ino == inode:
+                self.path.unlink()
+
+    async def _serve_client(self, connection: trio.socket.SocketType) -> None:
+        peer = _peer_uid(connection)
+        session = _Connection(connection)
+        if peer not in (os.getuid(), _ROOT_UID) or self._clients >= control.MAX_CLIENTS:
+            why = "too many clients" if peer in (os.getuid(), _ROOT_UID) else "only the owner may command this daemon"
+            with trio.move_on_after(1):
+                await session.refuse(DeniedError(why))
+            connection.close()
+            return
+        self._clients += 1
+        try:
+            await session.greet()
+            while (request := await session.next_request()) is not None:
+                await self._serve_request(session, request)
+                self._served += 1
+        except ModelP2PError as exc:
+            log.info("a control client was refused: %s", exc.message)
+            with trio.move_on_after(1, shield=True):
+                await session.refuse(exc)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            log.debug("a control client hung up")
+        finally:
+            session.close()
+            self._clients -= 1
+            if self._clients == 0:
+                self.on_idle()
+
+    async def _serve_request(self, session: _Connection, request: Request) -> None:
+        events, queued = trio.open_memory_channel[Map](16)
+
+        def emit(body: Map) -> None:
+            try:
+                events.send_nowait(body)
+            except (trio.WouldBlock, trio.ClosedResourceError):
+                session.missed_events += 1
+
+        fds = session.take_fds(request.fds)
+        answer: Answer | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(session.cancel_on_hangup, nursery.cancel_scope)
+                nursery.start_soon(session.send_events, request.id, queued)
+                try:
+                    answer = await self._handler(Call(request.verb, request.args, fds, emit, session.state))
+                    reply: Message = Result(request.id, answer.result, len(answer.fds))
+                except ModelP2PError as exc:
+                    reply = Failure.of(request.id, exc)
+                nursery.cancel_scope.cancel()
+            if session.is_gone:
+                raise trio.BrokenResourceError
+            await session.send(reply, answer.fds if answer else ())
+        finally:
+            for fd in (*fds, *(answer.fds if answer else ())):
+                os.close(fd)
+
+
+class _Connection:
+    """One client's byte stream with its descriptors."""
+
+    def __init__(self, connection: trio.socket.SocketType) -> None:
+        self._socket = connection
+        self._decoder = FrameDecoder(control.MAX_FRAME_BYTES)
+        self._fds: list[int] = []
+        self._sending = trio.Lock()
+        self.state: dict[str, object] = {}
+        self.is_gone = False
+        self.missed_events = 0
+
+    async def greet(self) -> None:
+        with _deadline():
+            message = await self._next_message()
+        if message is None:
+            raise trio.BrokenResourceError
+        await self.send(Hello(control.V_MIN, control.V_MAX, build()), ())
+        control.check_hello(message)
+
+    async def next_request(self) -> Request | None:
+        message = await self._next_message()
+        if message is not None and not isinstance(message, Request):
+            raise FormatError("a client may only send requests")
+        return message
+
+    def take_fds(self, count: int) -> tuple[int, ...]:
+        if count > len(self._fds):
+            raise FormatError("a request announced descriptors that did not come")
+        taken, self._fds = tuple(self._fds[:count]), self._fds[count:]
+        return taken
+
+    async def send_events(self, number: int, queued: trio.MemoryReceiveChannel[Map]) -> None:
+        async for body in queued:
+            await self.send(Event(number, body), ())
+
+    async def cancel_on_hangup(self, scope: trio.CancelScope) -> None:
+        """Cancel `scope` when the client closes; the peek leaves pipelined requests where they are."""
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            try:
+                waiting = self._socket._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)  # type: ignore[attr-defined]  # trio offers no peek
+            except BlockingIOError:
+                continue
+            except OSError:
+                waiting = b""
+            if not waiting:
+                self.is_gone = True
+                scope.cancel()
+                return
+            await trio.sleep(1)
+
+    async def send(self, message: Message, fds: tuple[int, ...]) -> None:
+        data = control.encode_message(message)
+        with _deadline():
+            async with self._sending:
+                if fds:
+                    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
+                    data = data[await self._socket.sendmsg([data], ancillary) :]
+                while data:
+                    data = data[await self._socket.send(data) :]
+
+    async def refuse(self, error: ModelP2PError) -> None:
+        try:
+            await self.send(Failure.of(0, error), ())
+        except (OSError, ModelP2PError, trio.BrokenResourceError):
+            self.is_gone = True
+
+    def close(self) -> None:
+        self._socket.close()
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+
+    async def _next_message(self) -> Message | None:
+        """The next message, or None at the end of the stream between two messages."""
+        frame = self._decoder.next_frame()
+        if frame is None and self._decoder.is_between_frames:
+            if not await self._read():
+                return None
+            frame = self._decoder.next_frame()
+        with _deadline():
+            while frame is None:
+                if not await self._read():
+                    raise FormatError("the client hung up in the middle of a message")
+                frame = self._decoder.next_frame()
+        return control.decode_message(frame)
+
+    async def _read(self) -> bool:
+        space = socket.CMSG_SPACE(control.MAX_FDS * 4)
+        data, ancillary, flags, _ = await self._socket.recvmsg(_READ_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, body in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                self._fds.extend(struct.unpack(f"{len(body) // 4}i", body[: len(body) // 4 * 4]))
+        if flags & socket.MSG_CTRUNC or len(self._fds) > control.MAX_FDS:
+            raise FormatError(f"more than {control.MAX_FDS} descriptors at once")
+        self._decoder.receive_data(data)
+        return bool(data)
+
+
+class _deadline:  # noqa: N801  # used like a function
+    """Turns a stall of `REQUEST_TIMEOUT_S` into an error that costs the peer its connection."""
+
+    def __enter__(self) -> None:
+        self._scope = trio.move_on_after(control.REQUEST_TIMEOUT_S)
+        self._scope.__enter__()
+
+    def __exit__(self, *exc_info: object) -> bool:
+        handled = self._scope.__exit__(*exc_info)  # type: ignore[arg-type]  # the three values python passes
+        if self._scope.cancelled_caught:
+            raise FormatError(f"a control client stalled for {control.REQUEST_TIMEOUT_S} s in the middle of a message")
+        return handled
+
+
+def _peer_uid(connection: trio.socket.SocketType) -> int:
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    uid: int = struct.unpack("3i", raw)[1]
+    return uid
+
+
+def _bind(path: Path) -> trio.socket.SocketType:
+    _check_folder(path.parent)
+    listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # Before bind: the file then appears with this mode, whatever the umask; chmod afterwards leaves a gap.
+        os.fchmod(listener.fileno(), 0o600)
+        folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            # A stale socket of a killed daemon is ours to remove: the home's lock says nobody serves it.
+            if path.is_socket():
+                path.unlink()
+            # Through /proc the address fits its 107 bytes, however deep the home lies.
+            listener._sock.bind(f"/proc/self/fd/{folder}/{path.name}")  # type: ignore[attr-defined]  # trio's bind resolves names
+        finally:
+            os.close(folder)
+        listener.listen(_BACKLOG)
+    except OSError as exc:
+        listener.close()
+        raise DaemonError(f"cannot listen on {path}: {exc.strerror}") from exc
+    return listener
+
+
+def _check_folder(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    stat = folder.lstat()
+    if not folder.is_dir() or folder.is_symlink() or stat.st_uid != os.getuid() or stat.st_mode & 0o077:
+        raise StoreError(
+            f"{folder} must be a folder of yours with mode 0700: others could replace the control socket",
+            hint=f"chmod 700 {folder}",
+        )

@@ -1,0 +1,430 @@
+"""The fetch machine: what to do next for one release, decided from events and time alone.
+
+    engine says "piece finished"  ->  wait  ->  Prove: read back and hash  ->  Sync: fdatasync, journal  ->  proven
+                                       ^             | not on disk yet          (batched)                     |
+                                       +-------------+                                                        v
+                               after 5 s: Flush, prove once more, then Readd as missing         Feed the flat hash, FinishFile
+
+Invariants:
+- a piece is proven only after `Synced` named it: read back from the file, equal to the signed layer, data on the disk, journaled;
+- `Received` is a hint: it starts a proof and counts for nothing else (libtorrent says "finished" on a full disk);
+- at most `WINDOW_BYTES` are received but unproven: above the high mark the transfer is held, below the low mark released;
+- a file is finished once, after all its pieces are proven and its flat hash was fed in order;
+- `Complete` is emitted once, when every wanted file is finished.
+
+Pure and synchronous: `receive(event, now)` returns effects; `next_deadline()` says when to send `Tick`. Times are seconds of any
+monotonic clock. Who performs the effects, and how, is the daemon's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias, assert_never
+
+from modelp2p.protocol.errors import CorruptError, ModelP2PError, TimedOutError
+from modelp2p.protocol.ranges import Ranges
+from modelp2p.protocol.torrent import PieceMap
+
+WINDOW_BYTES = 128 << 20
+"""Most bytes received but unproven (DESIGN 10, "Proof timing"); also what one kill -9 may cost."""
+HIGH_MARK_BYTES = 96 << 20
+LOW_MARK_BYTES = 48 << 20
+"""The gap below the window is what requests under way may still bring after the transfer is held."""
+FIRST_LOOK_S = 0.25
+"""Most pieces reach the file this soon after "finished"; a look before that hashes in vain (docs/BENCHMARKS.md)."""
+LOOK_AGAIN_S = 0.5
+GIVE_UP_S = 5.0
+"""After this long without the bytes in the file, the engine is asked to flush, and then the piece is lost."""
+SYNC_BYTES = 64 << 20
+SYNC_S = 1.0
+"""A batch is synced and journaled at this size or age."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """The engine believes these pieces are finished."""
+
+    pieces: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Proved:
+    """The bytes of a piece were read back: `ok` where they match the signed layer."""
+
+    piece: int
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """The data of these pieces is on the disk and the journal says so."""
+
+    pieces: Ranges
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """The flat hash of a file has consumed everything before `end` (bytes)."""
+
+    path: str
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileFinished:
+    """A file was checked as a whole; `error` is why it must not be used."""
+
+    path: str
+    error: ModelP2PError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Flushed:
+    """The engine's cache is written out."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLost:
+    """The engine died or the torrent was re-added: what it had received is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFailed:
+    """The engine could not write."""
+
+    error: ModelP2PError
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Only time has passed."""
+
+
+Event: TypeAlias = Received | Proved | Synced | Fed | FileFinished | Flushed | EngineLost | DiskFailed | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class Prove:
+    """Read this piece back and hash it; answer `Proved`."""
+
+    piece: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sync:
+    """fdatasync the files under these pieces, append them to the journal; answer `Synced`."""
+
+    pieces: Ranges
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Feed bytes [begin, end) of a file, all proven, to its flat hash; answer `Fed`."""
+
+    path: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class FinishFile:
+    """Compare the flat hash, sync, make read-only and visible; answer `FileFinished`."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Hold the transfer almost still, or let it go."""
+
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """Ask the engine to write its cache out; answer `Flushed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Readd:
+    """Remove and add the torrent with only the proven pieces: libtorrent cannot unlearn a piece otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """Everything wanted is finished."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """The fetch cannot go on; what is proven is kept."""
+
+    error: ModelP2PError
+
+
+Effect: TypeAlias = Prove | Sync | Feed | FinishFile | Hold | Flush | Readd | Complete | Fail
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A piece on its way from "finished" to proven."""
+
+    received: float
+    look_at: float
+    is_looking: bool = False
+    is_last_look: bool = False
+
+
+@dataclass(slots=True)
+class FetchMachine:
+    """One release being fetched.
+
+    Args:
+        pieces: the release's piece map.
+        wanted: the paths to finish.
+        proven: pieces the journal already holds.
+        finished: wanted paths already finished.
+        timeout_s: give up after this long without a newly proven byte; None never.
+        now: current time.
+    """
+
+    pieces: PieceMap
+    wanted: tuple[str, ...]
+    proven: Ranges
+    finished: set[str]
+    timeout_s: float | None
+    now: float
+    max_proving: int = 4
+    """Proofs under way at once; more would only queue at the hash workers."""
+    _candidates: dict[int, _Candidate] = field(default_factory=dict)
+    _unsynced: set[int] = field(default_factory=set)
+    _syncing: Ranges = field(default_factory=Ranges)
+    _oldest_unsynced: float = 0.0
+    _fed: dict[str, int] = field(default_factory=dict)
+    _feeding: set[str] = field(default_factory=set)
+    _finishing: set[str] = field(default_factory=set)
+    _is_held: bool = False
+    _is_flushing: bool = False
+    _is_over: bool = False
+    _last_progress: float = field(init=False)
+    _wanted_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._last_progress = self.now
+        self._wanted_bytes = sum(self.pieces.size(path) for path in self.wanted)
+
+    def __repr__(self) -> str:
+        return (
+            f"<FetchMachine {self.proven_bytes}/{self._wanted_bytes} bytes proven, {len(self._candidates)} unproven, "
+            f"{len(self._unsynced)} unsynced, {len(self.finished)}/{len(self.wanted)} files{', held' if self._is_held else ''}>"
+        )
+
+    @property
+    def wanted_bytes(self) -> int:
+        """Size of everything wanted."""
+        return self._wanted_bytes
+
+    @property
+    def proven_bytes(self) -> int:
+        """Bytes of wanted files that are proven."""
+        return sum(self._proven_bytes_of(path) for path in self.wanted)
+
+    @property
+    def unproven_bytes(self) -> int:
+        """Bytes received but not yet proven."""
+        return sum(self.pieces.locate(piece).length for piece in self._candidates) + sum(
+            self.pieces.locate(piece).length for piece in self._unsynced
+        )
+
+    @property
+    def is_over(self) -> bool:
+        """Whether `Complete` or `Fail` was emitted."""
+        return self._is_over
+
+    def next_deadline(self) -> float | None:
+        """When to send `Tick` if nothing else happens."""
+        times = [c.look_at for c in self._candidates.values() if not c.is_looking]
+        if self._unsynced and not self._syncing:
+            times.append(self._oldest_unsynced + SYNC_S)
+        if self.timeout_s is not None:
+            times.append(self._last_progress + self.timeout_s)
+        return min(times, default=None) if not self._is_over else None
+
+    def start(self, now: float) -> list[Effect]:
+        """The first effects: files whose pieces are all here may only need finishing."""
+        return self._advance(now)
+
+    def receive(self, event: Event, now: float) -> list[Effect]:
+        """What to do about `event`."""
+        if self._is_over:
+            return []
+        effects: list[Effect] = []
+        match event:
+            case Received(pieces):
+                for piece in pieces:
+                    known = piece in self.proven or piece in self._unsynced or piece in self._syncing
+                    if not known and piece not in self._candidates:
+                        self._candidates[piece] = _Candidate(now, now + FIRST_LOOK_S)
+            case Proved(piece, ok):
+                effects += self._proved(piece, ok, now)
+            case Synced(pieces):
+                self.proven = self.proven.union(pieces)
+                self._syncing = Ranges()
+                self._oldest_unsynced = now
+                self._last_progress = now
+            case Fed(path, end):
+                self._feeding.discard(path)
+                self._fed[path] = end
+            case FileFinished(path, error):
+                self._finishing.discard(path)
+                if error is not None:
+                    return self._fail(error)
+                self.finished.add(path)
+                self._last_progress = now
+            case Flushed():
+                self._is_flushing = False
+                for candidate in self._candidates.values():
+                    if candidate.is_last_look and not candidate.is_looking:
+                        candidate.look_at = now
+            case EngineLost():
+                # Proofs under way read the file, not the engine: their answers still count if they are good.
+                self._candidates = {p: c for p, c in self._candidates.items() if c.is_looking}
+                self._is_flushing = False
+                self._is_held = False
+            case DiskFailed(error):
+                return self._fail(error)
+            case Tick():
+                pass
+            case _:
+                assert_never(event)
+        return effects + self._advance(now)
+
+    def _proved(self, piece: int, ok: bool, now: float) -> list[Effect]:
+        candidate = self._candidates.get(piece)
+        if ok:
+            self._candidates.pop(piece, None)
+            if not self._unsynced:
+                self._oldest_unsynced = now
+            if piece not in self.proven and piece not in self._syncing:
+                self._unsynced.add(piece)
+            return []
+        if candidate is None:
+            return []
+        candidate.is_looking = False
+        if candidate.is_last_look:
+            # Flushed and still not there: the engine has it nowhere. Everything it holds unproven goes the same way.
+            self._candidates = {p: c for p, c in self._candidates.items() if c.is_looking}
+            return [Readd()]
+        candidate.look_at = now + LOOK_AGAIN_S
+        if now - candidate.received < GIVE_UP_S:
+            return []
+        candidate.is_last_look = True
+        candidate.look_at = now + GIVE_UP_S  # unless `Flushed` comes first
+        if self._is_flushing:
+            return []
+        self._is_flushing = True
+        return [Flush()]
+
+    def _advance(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        effects += self._start_proofs(now)
+        effects += self._start_sync(now)
+        effects += self._start_files()
+        unproven = self.unproven_bytes
+        if not self._is_held and unproven >= HIGH_MARK_BYTES:
+            self._is_held = True
+            effects.append(Hold(True))
+        elif self._is_held and unproven <= LOW_MARK_BYTES:
+            self._is_held = False
+            effects.append(Hold(False))
+        if len(self.finished) == len(self.wanted):
+            self._is_over = True
+            effects.append(Complete())
+        elif self.timeout_s is not None and now >= self._last_progress + self.timeout_s and not self._is_busy():
+            effects += self._fail(
+                TimedOutError(
+                    f"no new proven byte for {self.timeout_s:g} s",
+                    hint="No reachable peer has the missing pieces. Check --peer and the network, then run the same command again.",
+                    proven_bytes=self.proven_bytes,
+                    size_bytes=self._wanted_bytes,
+                )
+            )
+        return effects
+
+    def _is_busy(self) -> bool:
+        """Whether work on this machine, not the network, is what is being waited for."""
+        return bool(self._syncing or self._unsynced or self._feeding or self._finishing or any(
+            candidate.is_looking for candidate in self._candidates.values()
+        ))
+
+    def _start_proofs(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        looking = sum(candidate.is_looking for candidate in self._candidates.values())
+        for piece, candidate in self._candidates.items():
+            if looking >= self.max_proving:
+                break
+            if not candidate.is_looking and candidate.look_at <= now:
+                candidate.is_looking = True
+                looking += 1
+                effects.append(Prove(piece))
+        return effects
+
+    def _start_sync(self, now: float) -> list[Effect]:
+        if not self._unsynced or self._syncing:
+            return []
+        size = sum(self.pieces.locate(piece).length for piece in self._unsynced)
+        if size < SYNC_BYTES and now < self._oldest_unsynced + SYNC_S and self._candidates:
+            return []
+        self._syncing = Ranges.of_ints(self._unsynced)
+        self._unsynced = set()
+        return [Sync(self._syncing)]
+
+    def _start_files(self) -> list[Effect]:
+        effects: list[Effect] = []
+        for path in self.wanted:
+            if path in self.finished or path in self._feeding or path in self._finishing:
+                continue
+            fed, ready = self._fed.get(path, 0), self._proven_prefix(path)
+            if fed == self.pieces.size(path):
+                self._finishing.add(path)
+                effects.append(FinishFile(path))
+            elif ready > fed:
+                self._feeding.add(path)
+                effects.append(Feed(path, fed, ready))
+        return effects
+
+    def _proven_prefix(self, path: str) -> int:
+        """How many leading bytes of a file are proven."""
+        owned = self.pieces.pieces_of(path)
+        for begin, end in self.proven:
+            if begin <= owned.start < end:
+                covered = min(end, owned.stop) - owned.start
+                return min(covered * self.pieces.piece_length, self.pieces.size(path))
+        return 0
+
+    def _proven_bytes_of(self, path: str) -> int:
+        owned = self.pieces.pieces_of(path)
+        held = self.proven.intersect(Ranges.span(owned.start, owned.stop)) if owned else Ranges()
+        size = held.total * self.pieces.piece_length
+        # Only a file's last piece may be short.
+        if owned and owned.stop - 1 in held:
+            size -= self.pieces.piece_length - self.pieces.locate(owned.stop - 1).length
+        return size
+
+    def _fail(self, error: ModelP2PError) -> list[Effect]:
+        self._is_over = True
+        return [Fail(error)]
+
+
+def wanted_paths(sizes: Mapping[str, int], include: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[str, ...]:
+    """The paths that `hf download`'s --include and --exclude patterns select: fnmatch over the whole path.
+
+    A pattern ending in `/` selects the folder. No include means everything; exclude wins.
+    """
+    from fnmatch import fnmatchcase
+
+    def matches(path: str, patterns: tuple[str, ...]) -> bool:
+        return any(fnmatchcase(path, pattern + "*" if pattern.endswith("/") else pattern) for pattern in patterns)
+
+    return tuple(path for path in sizes if (not include or matches(path, include)) and not matches(path, exclude))
