@@ -46,9 +46,9 @@ def open_beneath(dirfd: int, path: str, flags: int, mode: int = 0) -> int:
         StoreError: a symlink on the way, a path that leaves the folder, or the kernel refused.
     """
     parts = split_path(path)
-    flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NOCTTY
-    if not flags & os.O_PATH:
-        flags |= os.O_NONBLOCK  # without effect on regular files; a FIFO in their place must not stop the daemon
+    flags |= os.O_CLOEXEC | os.O_NOFOLLOW
+    if not flags & os.O_PATH:  # beside which openat2 knows no other flags
+        flags |= os.O_NOCTTY | os.O_NONBLOCK  # without effect on regular files; a FIFO in their place must not stop us
     with on_disk(f"cannot open '{path}'"):
         try:
             return _openat2(dirfd, path, flags, mode)

@@ -15,14 +15,16 @@ import os
 from collections import deque
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import trio
 
 from modelp2p.daemon.diskerror import disk_error, on_disk
 from modelp2p.daemon.hashworker import WorkerDied, WorkerProcess
-from modelp2p.protocol import codec
 from modelp2p.protocol.errors import CorruptError, ModelP2PError, StoreError
+
+if TYPE_CHECKING:
+    from modelp2p.protocol import codec
 
 # Keys at once; a release has at most 10,000 files.
 MAX_KEYS = 16_384

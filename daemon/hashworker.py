@@ -19,7 +19,7 @@ from modelp2p.protocol.errors import FormatError
 from modelp2p.protocol.framing import FrameDecoder, encode_frame
 
 
-class WorkerDied(Exception):  # noqa: N818  named like trio's own events of the world, never shown to a user
+class WorkerDied(Exception):
     """The worker's process ended or spoke nonsense."""
 
 

@@ -112,7 +112,7 @@ class JournalState:
     lost in between may have been a `Lost`, so the owner proves everything again.
     """
 
-    proven: Ranges = Ranges()
+    proven: Ranges = field(default_factory=Ranges)
     files: Mapping[str, FileDone] = field(default_factory=lambda: MappingProxyType({}))
     complete: bool = False
     selection: Selection | None = None

@@ -29,7 +29,7 @@ VERSION = 1
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_UINT = 2**53 - 1
 """Largest number carried: what JSON readers hold exactly."""
-GIT_MAX_BYTES = 10_000_000
+GIT_MAX_BYTES = 10 << 20
 """Files below this size may carry a git blob id, as the Hugging Face Hub gives non-LFS files."""
 MAX_LIST = 64
 MAX_TEXT_BYTES = 4096

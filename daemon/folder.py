@@ -1,0 +1,310 @@
+"""One release on this disk: staging, proof records and the visible tree, from first reservation to removal.
+
+    data/<info-hash>/<path>      what the engine writes and reads; never moves
+    store/<info-hash>/<rev>/     hard links, file by file, once a file is proven whole
+    journal/<info-hash>          what is proven
+
+Invariants:
+- nothing the engine may write has a second name, a foreign owner, or a link in its path;
+- an inode that we did not create (`borrowed`) is never chmod-ed, written or truncated;
+- a file is linked into the visible tree only after it was synced and made read-only, and is journaled after that.
+
+All methods block; the service calls them from threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Self
+
+from modelp2p.daemon.beneath import make_dirs_beneath, open_beneath, parent_beneath
+from modelp2p.daemon.diskerror import on_disk
+from modelp2p.daemon.files import check_staging, create_staging, finish_file, fsync_dir
+from modelp2p.daemon.journal import Journal
+from modelp2p.daemon.linking import link_visible
+from modelp2p.daemon.space import free_bytes
+from modelp2p.daemon.store import Store
+from modelp2p.protocol import layout
+from modelp2p.protocol.errors import CorruptError, NoSpaceError, NotFoundError
+from modelp2p.protocol.journal import Completed, FileDone, FileGone, JournalState, Lost, Proven, Selection
+from modelp2p.protocol.ranges import Ranges
+from modelp2p.protocol.record import FileRecord, ReleaseRecord
+from modelp2p.protocol.statement import Release
+
+
+class ReleaseFolder:
+    """The files of one release; owns its journal while open."""
+
+    def __init__(self, store: Store, release: Release, journal: Journal) -> None:
+        self.store = store
+        self.release = release
+        self._journal = journal
+        self._data = layout.data_of(release.info_hash)
+        self._tree = layout.tree_of(release.info_hash, release.manifest.revision)
+
+    @classmethod
+    def open(cls, store: Store, release: Release) -> Self:
+        """The folder of `release`, with whatever an earlier run left there.
+
+        Raises:
+            StoreError: the journal is of another format or release.
+        """
+        journal = Journal.open(store.path(layout.journal_of(release.info_hash)), release.info_hash)
+        folder = cls(store, release, journal)
+        if journal.state.is_damaged:
+            # What rotted may have been a `Lost`: prove everything again.
+            journal.append(Lost(Ranges.span(0, release.pieces.total)), *map(FileGone, journal.state.files))
+        make_dirs_beneath(store.fd, folder._data, mode=0o700)
+        return folder
+
+    def __repr__(self) -> str:
+        return f"<ReleaseFolder {self.release.ref}: {self.state.proven.total}/{self.release.pieces.total} pieces proven>"
+
+    def close(self) -> None:
+        """Close the journal."""
+        self._journal.close()
+
+    @property
+    def state(self) -> JournalState:
+        """What is proven, by the journal."""
+        return self._journal.state
+
+    @property
+    def save_path(self) -> str:
+        """The engine's folder, absolute."""
+        return str(self.store.path(self._data))
+
+    def disk_path(self, path: str) -> str:
+        """Where the engine finds a file, absolute: its own folder, or the visible tree for a file shared with a release."""
+        if path in self.state.files and not self._is_staged(path):
+            return str(self.store.path(f"{self._tree}/{path}"))
+        return str(self.store.path(f"{self._data}/{path}"))
+
+    def visible_path(self) -> str:
+        """The visible tree, absolute."""
+        return str(self.store.path(self._tree))
+
+    def proven_bytes(self, paths: Iterable[str]) -> int:
+        """Bytes of these files whose pieces are journaled."""
+        pieces = self.release.pieces
+        total = 0
+        for path in paths:
+            owned = pieces.pieces_of(path)
+            held = self.state.proven.intersect(Ranges.span(owned.start, owned.stop)) if owned else Ranges()
+            total += sum(pieces.locate(piece).length for piece in held.ints())
+        return total
+
+    # Staging
+
+    def missing_bytes(self, wanted: Iterable[str]) -> int:
+        """How much space fetching these files would newly take."""
+        needed = 0
+        for path in wanted:
+            if path not in self.state.files:
+                stat = self._stat(path)
+                needed += max(0, self.release.manifest.file(path).size - (stat.st_blocks * 512 if stat else 0))
+        return needed
+
+    def check_space(self, wanted: Iterable[str], keep_free_bytes: int) -> None:
+        """Refuse before the first byte where the whole selection will not fit.
+
+        Raises:
+            NoSpaceError: with `needed` and `free` in bytes.
+        """
+        needed, free = self.missing_bytes(wanted), free_bytes(self.store.fd)
+        if needed > 0 and needed > free - keep_free_bytes:
+            short = needed - (free - keep_free_bytes)
+            raise NoSpaceError(
+                f"{self.release.ref} needs {needed} more bytes, and {max(0, free - keep_free_bytes)} are free for it",
+                hint=f"Free {short} bytes more ('modelp2p gc', 'modelp2p rm'), or set MODELP2P_HOME to a larger disk.",
+                needed=needed,
+                free=free,
+            )
+
+    def stage(self, wanted: Iterable[str], *, reserve: bool, keep_free_bytes: int) -> None:
+        """Make or check the files the engine will write, space reserved.
+
+        Raises:
+            NoSpaceError: the disk filled up meanwhile.
+            StoreError: something else was planted there.
+        """
+        for path in wanted:
+            if path in self.state.files:
+                continue
+            size = self.release.manifest.file(path).size
+            try:
+                found = check_staging(self.store.fd, f"{self._data}/{path}")
+            except NotFoundError:
+                self._forget(path)
+                if reserve:
+                    self._create_reserved(path, size, keep_free_bytes)
+                else:
+                    self._create_sparse(path, size)
+                continue
+            if found.st_size != size:
+                self._forget(path)
+                self._discard(path)
+                self._create_reserved(path, size, keep_free_bytes)
+
+    def open_staged(self, path: str) -> int:
+        """A read-only descriptor of a file in the engine's folder; the caller closes it."""
+        return open_beneath(self.store.fd, f"{self._data}/{path}", os.O_RDONLY)
+
+    def open_any(self, path: str) -> int:
+        """A read-only descriptor of a file wherever it lies; the caller closes it."""
+        return os.open(self.disk_path(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def data_dirfd(self) -> int:
+        """A descriptor of the engine's folder; the caller closes it."""
+        return open_beneath(self.store.fd, self._data, os.O_RDONLY | os.O_DIRECTORY)
+
+    # Proof
+
+    def sync_proven(self, pieces: Ranges) -> None:
+        """Put the data of these proven pieces on the disk, then the journal record that says so.
+
+        Raises:
+            StoreError: either failed; nothing is recorded.
+        """
+        for path in {self.release.pieces.locate(piece).path for piece in pieces.ints()}:
+            fd = self.open_staged(path)
+            try:
+                with on_disk(f"cannot sync '{path}'"):
+                    os.fdatasync(fd)
+            finally:
+                os.close(fd)
+        self._journal.append(Proven(pieces))
+
+    def lose(self, pieces: Ranges, paths: Iterable[str] = ()) -> None:
+        """Journal that these pieces, and what was said about these files, do not hold any more."""
+        records = [FileGone(path) for path in paths if path in self.state.files]
+        self._journal.append(*([Lost(pieces)] if pieces else []), *records)
+
+    def finish(self, path: str, *, borrowed: bool = False, replace: bool = False) -> None:
+        """Make a file that is proven whole durable, read-only and visible, and journal it.
+
+        Raises:
+            StoreError: syncing or linking failed.
+        """
+        fd = self.open_staged(path)
+        try:
+            size = self.release.manifest.file(path).size
+            if os.fstat(fd).st_size != size:
+                raise CorruptError(f"'{path}' has {os.fstat(fd).st_size} bytes instead of {size}", path=path)
+            finish_file(fd, borrowed=borrowed)
+        finally:
+            os.close(fd)
+        with parent_beneath(self.store.fd, f"{self._data}/{path}") as (parent, _):
+            fsync_dir(parent)
+        stamp = link_visible(
+            self.store.fd, f"{self._data}/{path}", self.store.fd, f"{self._tree}/{path}", replace=replace
+        )
+        self._journal.append(FileDone(path, stamp, borrowed))
+
+    def share(self, path: str, other: ReleaseFolder, other_path: str) -> None:
+        """Take a file that another release here holds whole: one more name for its inode, in the visible tree only."""
+        source = other.state.files[other_path]
+        stamp = link_visible(
+            self.store.fd, f"{other._tree}/{other_path}", self.store.fd, f"{self._tree}/{path}", replace=True
+        )
+        owned = self.release.pieces.pieces_of(path)
+        proven = [Proven(Ranges.span(owned.start, owned.stop))] if owned else []
+        self._journal.append(*proven, FileDone(path, stamp, source.borrowed))
+        # The new name changed the inode's ctime: renew the other's stamp, or its loaders would hash once more.
+        other._journal.append(FileDone(other_path, stamp, source.borrowed))
+        other.save_record()
+
+    def select(self, selection: Selection) -> None:
+        """Journal what was asked for."""
+        if self.state.selection != selection:
+            self._journal.append(selection)
+
+    def complete(self) -> None:
+        """Journal that everything selected is present, and write the record loaders read."""
+        if not self.state.complete:
+            self._journal.append(Completed())
+        self.save_record()
+
+    def save_record(self) -> None:
+        """Write the record of every finished file."""
+        release = self.release
+        known = self.store.load_record(release.info_hash)
+        digests = dict.fromkeys([*(known.statements if known else ()), release.digest])
+        files = {
+            path: FileRecord(
+                done.stamp.dev,
+                done.stamp.ino,
+                done.stamp.size,
+                done.stamp.mtime_ns,
+                done.stamp.ctime_ns,
+                release.manifest.file(path).root,
+                done.borrowed,
+            )
+            for path, done in self.state.files.items()
+            if path in release.manifest
+        }
+        everything = len(files) == len(release.manifest.files)
+        self.store.save_record(
+            ReleaseRecord(release.info_hash, release.manifest.revision, tuple(digests), everything, files)
+        )
+
+    # Watching what was finished
+
+    def changed_files(self) -> list[str]:
+        """Finished files that are not as they were proven: gone, replaced, resized or rewritten."""
+        changed = []
+        for path, done in self.state.files.items():
+            try:
+                stat = os.stat(self.disk_path(path), follow_symlinks=False)
+            except OSError:
+                changed.append(path)
+                continue
+            if not done.stamp.matches(stat, ignore_ctime=True):
+                changed.append(path)
+        return changed
+
+    def remove(self) -> int:
+        """Delete everything of this release from the disk. Returns the bytes freed (names shared elsewhere free nothing)."""
+        freed = 0
+        for path in self.release.pieces.paths:
+            try:
+                stat = os.stat(self.disk_path(path), follow_symlinks=False)
+            except OSError:
+                continue
+            names = 1 + (path in self.state.files and self._is_staged(path))
+            freed += stat.st_blocks * 512 if stat.st_nlink <= names else 0
+        self.close()
+        self.store.remove(f"{layout.STORE}/{self.release.info_hash.hex()}")
+        self.store.remove(self._data)
+        self.store.remove(layout.journal_of(self.release.info_hash))
+        return freed
+
+    def _create_reserved(self, path: str, size: int, keep_free_bytes: int) -> None:
+        os.close(create_staging(self.store.fd, f"{self._data}/{path}", size, keep_free_bytes=keep_free_bytes))
+
+    def _is_staged(self, path: str) -> bool:
+        return self._stat(path) is not None
+
+    def _stat(self, path: str) -> os.stat_result | None:
+        try:
+            return os.stat(self.store.path(f"{self._data}/{path}"), follow_symlinks=False)
+        except OSError:
+            return None
+
+    def _forget(self, path: str) -> None:
+        owned = self.release.pieces.pieces_of(path)
+        held = self.state.proven.intersect(Ranges.span(owned.start, owned.stop)) if owned else Ranges()
+        if held:
+            self._journal.append(Lost(held))
+
+    def _discard(self, path: str) -> None:
+        self.store.remove(f"{self._data}/{path}")
+
+    def _create_sparse(self, path: str, size: int) -> None:
+        with parent_beneath(self.store.fd, f"{self._data}/{path}", make=0o700) as (parent, name), on_disk(f"cannot create '{path}'"):
+            fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=parent)
+            try:
+                os.ftruncate(fd, size)
+            finally:
+                os.close(fd)

@@ -1,0 +1,283 @@
+"""One release being fetched: performs what the fetch machine decides, and feeds it what happened.
+
+The only place where swarm, hash workers and folder meet. It holds no policy: every decision is `protocol.fetching`'s.
+
+Resources: while `run` runs, one descriptor per file it reads back, and the torrent in the swarm.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+import trio
+
+from modelp2p.daemon.folder import ReleaseFolder
+from modelp2p.daemon.hashing import HashPool, StateLostError
+from modelp2p.daemon.swarm import Swarm
+from modelp2p.protocol import engine_wire as wire
+from modelp2p.protocol import fetching
+from modelp2p.protocol.errors import CorruptError, ModelP2PError, NoSpaceError, PolicyError, StoreError
+from modelp2p.protocol.fetching import FetchMachine
+from modelp2p.protocol.kinds import HEAD_BYTES, contradiction
+
+log = logging.getLogger(__name__)
+
+_QUEUE = 4096
+"""Machine events waiting; each is small, and the engine's own event channel is bounded before this one."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes of payload moved for one torrent, summed over the lives of the engine."""
+
+    down: int = 0
+    up: int = 0
+    wasted: int = 0
+    web: int = 0
+    _base: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    def update(self, status: wire.TorrentStatus) -> None:
+        """Take over the engine's counters, which start at zero with each `add`."""
+        down, up, wasted, web = self._base
+        self.down, self.up = down + status.payload_down, up + status.payload_up
+        self.wasted, self.web = wasted + status.wasted, web + status.web_down
+
+    def restart(self) -> None:
+        """The engine's counters will start at zero again."""
+        self._base = (self.down, self.up, self.wasted, self.web)
+
+
+@dataclass(slots=True)
+class Transfer:
+    """Fetch the `wanted` files of one release.
+
+    Args:
+        folder: where the bytes go; staged already.
+        make_spec: the torrent spec for the folder's current state.
+        on_progress: called after every step.
+    """
+
+    folder: ReleaseFolder
+    swarm: Swarm
+    pool: HashPool
+    wanted: tuple[str, ...]
+    timeout_s: float | None
+    allow_code: bool
+    make_spec: Callable[[], wire.TorrentSpec]
+    on_progress: Callable[[], None]
+    workers: int
+    traffic: Traffic = field(default_factory=Traffic)
+    status: wire.TorrentStatus | None = None
+    reread: int = 0
+    """Pieces that were looked at before their bytes were in the file."""
+    _machine: FetchMachine = field(init=False)
+    _send: trio.MemorySendChannel[fetching.Event] = field(init=False)
+    _receive: trio.MemoryReceiveChannel[fetching.Event] = field(init=False)
+    _fds: dict[str, int] = field(default_factory=dict)
+    _is_in_swarm: bool = False
+
+    def __post_init__(self) -> None:
+        self._send, self._receive = trio.open_memory_channel[fetching.Event](_QUEUE)
+        self._machine = FetchMachine(
+            self.folder.release.pieces,
+            self.wanted,
+            self.folder.state.proven,
+            {path for path in self.wanted if path in self.folder.state.files},
+            self.timeout_s,
+            trio.current_time(),
+            max_proving=2 * self.workers,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Transfer {self.folder.release.ref} {self._machine!r}>"
+
+    @property
+    def info_hash(self) -> bytes:
+        """Which torrent."""
+        return self.folder.release.info_hash
+
+    @property
+    def proven_bytes(self) -> int:
+        """Bytes of wanted files that are proven."""
+        return self._machine.proven_bytes
+
+    async def handle(self, event: wire.EngineEvent) -> None:
+        """Take an event of the swarm about this torrent, or about the engine."""
+        match event:
+            case wire.PiecesFinished(pieces=pieces):
+                total = self.folder.release.pieces.total
+                await self._send.send(fetching.Received(tuple(piece for piece in pieces if 0 <= piece < total)))
+            case wire.Flushed():
+                await self._send.send(fetching.Flushed())
+            case wire.FileFailed(path=path, message=message, no_space=no_space):
+                await self._send.send(fetching.DiskFailed(_disk_error(path, message, no_space)))
+            case wire.AddFailed(message=message):
+                await self._send.send(fetching.DiskFailed(StoreError(f"the engine refused the torrent: {message}")))
+            case wire.EngineDied():
+                self.traffic.restart()
+                self._is_in_swarm = False
+                await self._send.send(fetching.EngineLost())
+            case wire.EngineRestarted():
+                await self._add()
+            case wire.TorrentStatus():
+                self.status = event
+                self.traffic.update(event)
+                self.on_progress()
+            case wire.PeerBanned(address=address):
+                log.warning("%s: peer %s sent wrong bytes and was banned", self.folder.release.ref, address)
+            case _:
+                pass
+
+    async def run(self) -> None:
+        """Fetch until everything wanted is finished and visible.
+
+        Raises:
+            ModelP2PError: why it cannot; everything proven is kept.
+        Cancellation: the same; the torrent leaves the swarm.
+        """
+        try:
+            async with trio.open_nursery() as nursery:
+                effects = self._machine.start(trio.current_time())
+                if not self._machine.is_over and self._needs_swarm():
+                    await self._add()
+                while True:
+                    for effect in effects:
+                        if await self._perform(effect, nursery):
+                            nursery.cancel_scope.cancel()
+                            return
+                    self.on_progress()
+                    event = await self._next_event()
+                    effects = self._machine.receive(event, trio.current_time())
+        except* ModelP2PError as group:
+            raise _first(group) from None
+        finally:
+            for fd in self._fds.values():
+                os.close(fd)
+            self._fds.clear()
+            with trio.CancelScope(shield=True):
+                for path in self.wanted:
+                    self.pool.flat_drop(self._key(path))
+                if self._is_in_swarm:
+                    await self.swarm.remove(self.info_hash)
+
+    def _needs_swarm(self) -> bool:
+        return self._machine.proven_bytes < self._machine.wanted_bytes
+
+    async def _next_event(self) -> fetching.Event:
+        deadline = self._machine.next_deadline()
+        with trio.move_on_at(trio.current_time() + 3600 if deadline is None else deadline):
+            return await self._receive.receive()
+        return fetching.Tick()
+
+    async def _perform(self, effect: fetching.Effect, nursery: trio.Nursery) -> bool:
+        """Start or do one effect; True when the fetch is complete."""
+        match effect:
+            case fetching.Prove(piece):
+                nursery.start_soon(self._prove, piece)
+            case fetching.Sync(pieces):
+                nursery.start_soon(self._sync, pieces)
+            case fetching.Feed(path, begin, end):
+                nursery.start_soon(self._feed, path, begin, end)
+            case fetching.FinishFile(path):
+                nursery.start_soon(self._finish, path)
+            case fetching.Hold(on):
+                await self.swarm.throttle(self.info_hash, on)
+            case fetching.Flush():
+                await self.swarm.flush(self.info_hash)
+            case fetching.Readd():
+                log.warning("%s: pieces the engine had are not on the disk; adding it again", self.folder.release.ref)
+                await self.swarm.remove(self.info_hash)
+                self.traffic.restart()
+                await self._add()
+            case fetching.Complete():
+                return True
+            case fetching.Fail(error):
+                raise error
+        return False
+
+    async def _add(self) -> None:
+        self._is_in_swarm = True
+        await self.swarm.add(self.make_spec())
+
+    async def _prove(self, piece: int) -> None:
+        release = self.folder.release
+        path = release.pieces.locate(piece).path
+        digest = await self.pool.hash_pieces(
+            self._fd(path),
+            file_size=release.pieces.size(path),
+            piece_length=release.pieces.piece_length,
+            first=piece - release.pieces.first(path),
+            count=1,
+        )
+        ok = digest == release.piece_hash(piece)
+        self.reread += not ok
+        await self._send.send(fetching.Proved(piece, ok))
+
+    async def _sync(self, pieces: fetching.Ranges) -> None:
+        await trio.to_thread.run_sync(self.folder.sync_proven, pieces)
+        await self._send.send(fetching.Synced(pieces))
+
+    async def _feed(self, path: str, begin: int, end: int) -> None:
+        try:
+            await self.pool.flat_update(self._key(path), self._fd(path), begin, end)
+        except StateLostError:
+            end = 0  # a worker died with the running hash: start this file over
+        await self._send.send(fetching.Fed(path, end))
+
+    async def _finish(self, path: str) -> None:
+        try:
+            await self._check_file(path)
+            await trio.to_thread.run_sync(self._link, path)
+        except StateLostError:
+            await self._send.send(fetching.Fed(path, 0))
+            return
+        except ModelP2PError as exc:
+            await self._send.send(fetching.FileFinished(path, exc))
+            return
+        await self._send.send(fetching.FileFinished(path))
+
+    async def _check_file(self, path: str) -> None:
+        entry = self.folder.release.manifest.file(path)
+        digest = await self.pool.flat_finish(self._key(path), entry.size) if entry.size else sha256().digest()
+        if digest != entry.sha256:
+            raise CorruptError(
+                f"'{path}' matches its signed Merkle root, but not its signed SHA-256: the manifest contradicts itself",
+                hint="Tell the publisher; this release cannot be used.",
+                path=path,
+            )
+        why = contradiction(path, os.pread(self._fd(path), HEAD_BYTES, 0))
+        if why and not self.allow_code:
+            raise PolicyError(f"'{path}' is not what its name says: {why}", hint="Only --allow-code accepts it.", path=path)
+
+    def _link(self, path: str) -> None:
+        self.folder.finish(path, replace=True)
+
+    def _fd(self, path: str) -> int:
+        if path not in self._fds:
+            self._fds[path] = self.folder.open_staged(path)
+        return self._fds[path]
+
+    def _key(self, path: str) -> str:
+        return f"{self.info_hash.hex()}/{path}"
+
+
+def _disk_error(path: str, message: str, no_space: bool) -> ModelP2PError:
+    if no_space:
+        return NoSpaceError(
+            f"the disk is full: '{path}' could not be written",
+            hint="What is proven is kept. Free some space and run the same command again.",
+            path=path,
+        )
+    return StoreError(f"the engine could not use '{path}': {message}", hint="What is proven is kept.", path=path)
+
+
+def _first(group: BaseExceptionGroup[ModelP2PError]) -> ModelP2PError:
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, ModelP2PError)
+    return found

@@ -1,0 +1,481 @@
+"""Messages between the daemon and an engine, the child process that hosts one libtorrent session. Sans-I/O.
+
+Each frame (see `framing`) holds one canonical msgpack map with a single key, the message's name, over a map of its fields.
+Both sides open with `Hello`; then the daemon sends `Configure` once and any number of commands, and the engine sends events.
+Nothing is answered by number: a command is done when its event says so, and every command may be sent twice.
+
+Invariants:
+- the dataclasses below are the format: `encode_message` and `decode_message` walk their fields, so a field has one name
+  and one type in both processes;
+- a message that decodes is complete: no unknown, missing or wrongly typed field, every digest 32 bytes long;
+- no message carries a key, a signature or a path chosen by the network.
+
+A *piece* is a global piece index in the order of the info dict, as `torrent.PieceMap` counts; rates are bytes per second
+with 0 for unlimited; a bitmap has one bit a piece, the first piece in the highest bit of the first byte (BEP 3 "bitfield").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from types import UnionType
+from typing import TypeAlias, Union, cast, get_args, get_origin, get_type_hints
+
+from modelp2p.protocol import codec
+from modelp2p.protocol.codec import Map, Value
+from modelp2p.protocol.errors import DaemonError, FormatError
+from modelp2p.protocol.framing import encode_frame
+from modelp2p.protocol.merkle import HASH_BYTES
+
+MAX_FRAME_BYTES = 16 << 20
+"""Holds a torrent with the layers of about 400,000 pieces (6 TiB at 16 MiB)."""
+V_MIN = 1
+V_MAX = 1
+_MAX_INT = 2**63 - 1
+
+
+class _Checked:
+    """Values whose digests are checked when they are built, on whichever side."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        digest = getattr(self, "info_hash", None)
+        if digest is not None and len(digest) != HASH_BYTES:
+            raise FormatError(f"an info-hash has {HASH_BYTES} bytes, not {len(digest)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message of each side: the versions it speaks, and its build for humans."""
+
+    v_min: int
+    v_max: int
+    build: str
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """An address to try; on the wire `host` is an IP literal, host names are the daemon's to resolve."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class TorrentFile:
+    """One file of a release, and where its bytes lie on this disk."""
+
+    path: str
+    size: int
+    disk_path: str
+    wanted: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TorrentSpec(_Checked):
+    """A torrent the engine shall share: everything comes from here, nothing from the torrent but the info dict and layers."""
+
+    info_hash: bytes
+    torrent: bytes
+    save_path: str
+    piece_length: int
+    files: tuple[TorrentFile, ...]
+    have: bytes
+    peers: tuple[Peer, ...] = ()
+    trackers: tuple[str, ...] = ()
+    web_seeds: tuple[str, ...] = ()
+    max_up: int = 0
+    max_down: int = 0
+    sequential: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MagnetSpec(_Checked):
+    """A swarm of which only the info-hash is known; its files will lie at `save_path/<path>`."""
+
+    info_hash: bytes
+    save_path: str
+    peers: tuple[Peer, ...] = ()
+    trackers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How an engine behaves on the network; None leaves a switch to the profile."""
+
+    profile: str = "wan"
+    listen: tuple[str, ...] = ("0.0.0.0:16881", "[::]:16881")
+    port_tries: int = 0
+    """Further ports to try where one is busy; 0 makes a busy port an error."""
+    dht: bool | None = None
+    lsd: bool | None = None
+    pex: bool | None = None
+    utp: bool | None = None
+    dht_bootstrap: tuple[str, ...] | None = None
+    max_up: int = 0
+    max_down: int = 0
+    many_per_address: bool = False
+    """Several peers may share one address: daemons behind one NAT, several sessions on one host."""
+
+
+# Commands
+
+
+@dataclass(frozen=True, slots=True)
+class Configure:
+    """Comes once, after `Hello`: the engine locks itself into `data` and `readable`, then opens its session."""
+
+    settings: EngineSettings
+    data: str
+    readable: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """Share a torrent; nothing happens where it is there already."""
+
+    spec: TorrentSpec
+
+
+@dataclass(frozen=True, slots=True)
+class AddMagnet:
+    """Ask a swarm for its metadata and for nothing else."""
+
+    spec: MagnetSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StartDownload(_Checked):
+    """The metadata was looked at and is wanted: fetch the files."""
+
+    info_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Remove(_Checked):
+    """Stop sharing; files stay."""
+
+    info_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Connect(_Checked):
+    """Try these peers."""
+
+    info_hash: bytes
+    peers: tuple[Peer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetWanted(_Checked):
+    """Exactly these paths are wanted from now on."""
+
+    info_hash: bytes
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetPiecePriorities(_Checked):
+    """The priority, 0 (never) to 7 (first), of some pieces: the byte at the place of each piece."""
+
+    info_hash: bytes
+    pieces: tuple[int, ...]
+    priorities: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SetLimits(_Checked):
+    """Rate limits of one torrent, or of the whole node where `info_hash` is None."""
+
+    info_hash: bytes | None
+    up: int
+    down: int
+
+
+@dataclass(frozen=True, slots=True)
+class Throttle(_Checked):
+    """Hold the download of a torrent nearly still, or let it go on at its limit."""
+
+    info_hash: bytes
+    held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Flush(_Checked):
+    """Write what is still in the engine's cache; `Flushed` follows."""
+
+    info_hash: bytes
+
+
+# Events
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """The engine is up; `addresses` are those that accept TCP, `landlock` the ABI that binds it (0: none)."""
+
+    port: int
+    addresses: tuple[str, ...]
+    landlock: int
+
+
+@dataclass(frozen=True, slots=True)
+class ListenFailed:
+    """One address could not be opened; `errno` is the system's."""
+
+    address: str
+    message: str
+    errno: int
+
+
+@dataclass(frozen=True, slots=True)
+class AddFailed(_Checked):
+    """The torrent was refused and is not there."""
+
+    info_hash: bytes
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class PiecesFinished(_Checked):
+    """A hint: these pieces were received and hashed. They are on disk soon, or never."""
+
+    info_hash: bytes
+    pieces: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PieceFailed(_Checked):
+    """A piece did not match its hash; it is fetched again."""
+
+    info_hash: bytes
+    piece: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerBanned(_Checked):
+    """A peer sent bad bytes and is not talked to any more."""
+
+    info_hash: bytes
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerUnresolved(_Checked):
+    """A peer's host name has no address; said by the daemon's side."""
+
+    info_hash: bytes
+    host: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class MetadataReceived(_Checked):
+    """The info dict of a magnet, and the files libtorrent read in it, without the name folder and without pads."""
+
+    info_hash: bytes
+    info: bytes
+    files: tuple[TorrentFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileFailed(_Checked):
+    """The disk refused; nothing since the last proof is certain. `path` is empty where no file is to blame."""
+
+    info_hash: bytes
+    path: str
+    message: str
+    no_space: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Flushed(_Checked):
+    """A `Flush` was done: what was received before it has been written, though not synced."""
+
+    info_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TransferFinished(_Checked):
+    """Everything wanted was received; a hint like `PiecesFinished`."""
+
+    info_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PeerStatus:
+    """One connected peer; `has` is the share it holds, in thousandths; `source` is `peer` or `web`."""
+
+    address: str
+    client: str
+    rate_down: int
+    rate_up: int
+    has: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class TorrentStatus(_Checked):
+    """Once a second for every torrent that changed. Byte counts are since it was added; rates are of payload."""
+
+    info_hash: bytes
+    rate_down: int
+    rate_up: int
+    peers: int
+    seeds: int
+    payload_down: int
+    payload_up: int
+    web_down: int
+    wasted: int
+    peer_list: tuple[PeerStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Alerts were lost; every finished piece is being announced again."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDied:
+    """The engine is gone, and every torrent with it; said by the daemon's side."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRestarted:
+    """A new engine is there and knows no torrent; said by the daemon's side."""
+
+
+Command: TypeAlias = (
+    Configure
+    | Add
+    | AddMagnet
+    | StartDownload
+    | Remove
+    | Connect
+    | SetWanted
+    | SetPiecePriorities
+    | SetLimits
+    | Throttle
+    | Flush
+)
+Event: TypeAlias = (
+    Listening
+    | ListenFailed
+    | AddFailed
+    | PiecesFinished
+    | PieceFailed
+    | PeerBanned
+    | PeerUnresolved
+    | MetadataReceived
+    | FileFailed
+    | Flushed
+    | TransferFinished
+    | TorrentStatus
+    | Dropped
+    | EngineDied
+    | EngineRestarted
+)
+Message: TypeAlias = Hello | Command | Event
+
+_MESSAGES: dict[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
+
+
+def encode_message(message: Message) -> bytes:
+    """The frame of `message`, length included.
+
+    Raises:
+        FormatError: larger than a frame may be.
+    """
+    return encode_frame(codec.pack({type(message).__name__: _to_value(message)}), MAX_FRAME_BYTES)
+
+
+def decode_message(frame: bytes) -> Message:
+    """The message in a frame's payload.
+
+    Raises:
+        FormatError: not exactly one message as its dataclass describes it.
+    """
+    source = codec.unpack_map(frame, max_bytes=MAX_FRAME_BYTES)
+    if len(source) != 1:
+        raise FormatError("an engine message has one name")
+    ((name, body),) = source.items()
+    if name not in _MESSAGES:
+        raise FormatError(f"unknown engine message '{name}'")
+    return cast("Message", _from_value(body, _MESSAGES[name], name))
+
+
+def check_hello(message: Message) -> Hello:
+    """The other side's greeting, if we have a version in common.
+
+    Raises:
+        DaemonError: it is no greeting, or speaks only versions this build does not.
+    """
+    if not isinstance(message, Hello):
+        raise DaemonError("the engine process does not speak this protocol")
+    if message.v_max < V_MIN or message.v_min > V_MAX:
+        raise DaemonError(
+            f"daemon and engine have no protocol version in common ({message.build} speaks {message.v_min} to {message.v_max}, "
+            f"this build {V_MIN} to {V_MAX})",
+            hint="modelp2p was updated while it ran: restart the daemon.",
+        )
+    return message
+
+
+def pack_bits(bits: Sequence[bool]) -> bytes:
+    """The bitmap of one bit a piece; spare bits at the end are zero."""
+    padded = "".join("1" if bit else "0" for bit in bits) + "0" * (-len(bits) % 8)
+    return int(padded or "0", 2).to_bytes(len(padded) // 8, "big")
+
+
+def unpack_bits(bitmap: bytes, count: int) -> list[bool]:
+    """The first `count` bits of `bitmap`.
+
+    Raises:
+        FormatError: the bitmap is not exactly as long as `count` bits need.
+    """
+    if len(bitmap) != -(-count // 8):
+        raise FormatError(f"a bitmap of {len(bitmap)} bytes for {count} pieces")
+    return [bit == "1" for bit in f"{int.from_bytes(bitmap, 'big'):0{len(bitmap) * 8}b}"[:count]] if count else []
+
+
+@cache
+def _hints(kind: type) -> dict[str, object]:
+    return get_type_hints(kind)
+
+
+def _to_value(item: object) -> Value:
+    if isinstance(item, bool | int | str | bytes) or item is None:
+        return item
+    if isinstance(item, tuple):
+        return [_to_value(part) for part in item]
+    return {spot.name: _to_value(getattr(item, spot.name)) for spot in fields(item)}  # type: ignore[arg-type]  # a message
+
+
+def _from_value(value: Value, kind: object, where: str) -> object:
+    """`value` as `kind`: a message dataclass, a scalar, `tuple[X, ...]` or `X | None`."""
+    origin = get_origin(kind)
+    if origin in (Union, UnionType):
+        wanted = next(part for part in get_args(kind) if part is not type(None))
+        return None if value is None else _from_value(value, wanted, where)
+    if origin is tuple and type(value) is list:
+        item = get_args(kind)[0]
+        return tuple(_from_value(part, item, where) for part in value)
+    if kind in (bool, str, bytes) and type(value) is kind:
+        return value
+    if kind is int and type(value) is int and 0 <= value <= _MAX_INT:
+        return value
+    if isinstance(kind, type) and kind not in (bool, str, bytes, int) and isinstance(value, dict):
+        return _dataclass(value, kind, where)
+    raise FormatError(f"{where}: {type(value).__name__} where {getattr(kind, '__name__', kind)} is wanted")
+
+
+def _dataclass(value: Map, kind: type, where: str) -> object:
+    hints = _hints(kind)
+    if value.keys() != hints.keys():
+        wrong = ", ".join(sorted(value.keys() ^ hints.keys()))
+        raise FormatError(f"{where}: missing or unknown: {wrong}")
+    return kind(**{name: _from_value(value[name], hint, f"{where}.{name}") for name, hint in hints.items()})
