@@ -42,9 +42,7 @@ class Client(Protocol):
     def started_pid(self) -> int | None:
         """Pid of the daemon this client brought, or None."""
 
-    def call(
-        self, verb: str, args: Map, fds: Sequence[int] = (), on_event: Callable[[Map], None] | None = None
-    ) -> Reply:
+    def call(self, verb: str, args: Map, fds: Sequence[int] = (), on_event: Callable[[Map], None] | None = None) -> Reply:
         """Ask and wait. Raises whatever `ModelP2PError` the daemon answered; closing the client cancels the call."""
 
     def detach(self) -> None:

@@ -23,6 +23,7 @@ from modelp2p.cli.progress import progress_of
 from modelp2p.cli.refs import open_user_path, ref_args, typed_ref
 from modelp2p.cli.units import rate_text, size_text
 from modelp2p.protocol.errors import InterruptedFetchError
+from modelp2p.protocol.text import printable
 
 if TYPE_CHECKING:
     from modelp2p.protocol.codec import Map, Value
@@ -34,7 +35,12 @@ _fetch_options = together(
     click.option("--exclude", multiple=True, metavar="GLOB", help="No files that match; may be repeated."),
     click.option("--revision", metavar="REV", help="The revision, where REF is a plain name."),
     peer_option,
-    click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Give up after S seconds without a new verified byte."),
+    click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="S",
+        help="Give up after S seconds without a new verified byte.",
+    ),
     click.option("--allow-code", is_flag=True, help="Also fetch pickles and code, which run with your rights."),
     click.option("--no-seed", is_flag=True, help="Do not seed it afterwards."),
     click.option("--max-up", type=Rate(), help="Upload limit of this release, such as 200M."),
@@ -163,7 +169,9 @@ def _status(result: Map, seconds: float) -> str:
     if got == 0:
         return f"{result.get('state')}: up to date, {size_text(_whole(result.get('bytes', 0)))}"
     source = f" ({size_text(web)} of it from the web)" if web else ""
-    return f"{result.get('state')}: {size_text(got)} from peers{source} in {seconds:.1f} s, {rate_text(got / max(seconds, 0.001))}"
+    return (
+        f"{result.get('state')}: {size_text(got)} from peers{source} in {seconds:.1f} s, {rate_text(got / max(seconds, 0.001))}"
+    )
 
 
 def _show_plan(app: App, result: Map) -> None:
@@ -174,7 +182,7 @@ def _show_plan(app: App, result: Map) -> None:
     if app.quiet:
         for item in files:
             if item["have"] != item["size"]:
-                out(str(item["path"]).encode("unicode_escape").decode("ascii") if not str(item["path"]).isprintable() else str(item["path"]))
+                out(printable(str(item["path"])))
         return
     rows = [(item["path"], size_text(_whole(item["size"])), size_text(_whole(item["have"]))) for item in files]
     for line in table(("FILE", "SIZE", "HERE"), rows, right="SIZE HERE"):

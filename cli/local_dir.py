@@ -95,7 +95,9 @@ def _same_content(first: int, second: int) -> bool:
     size = os.fstat(first).st_size
     if os.fstat(second).st_size != size:
         return False
-    return all(os.pread(first, _COMPARE_BYTES, at) == os.pread(second, _COMPARE_BYTES, at) for at in range(0, size, _COMPARE_BYTES))
+    return all(
+        os.pread(first, _COMPARE_BYTES, at) == os.pread(second, _COMPARE_BYTES, at) for at in range(0, size, _COMPARE_BYTES)
+    )
 
 
 def _open(source: int, path: str) -> int:

@@ -26,7 +26,7 @@ from modelp2p.daemon.lock import read_lock
 from modelp2p.protocol import control
 from modelp2p.protocol.codec import Map
 from modelp2p.protocol.control import Event, Failure, Hello, Message, Request, Result
-from modelp2p.protocol.errors import DaemonError, FormatError, ModelP2PError
+from modelp2p.protocol.errors import DaemonError, FormatError, ModelP2PError, error_of
 from modelp2p.protocol.framing import FrameDecoder
 from modelp2p.protocol.layout import LOCK
 
@@ -142,7 +142,9 @@ class Client:
             process.wait(START_TIMEOUT_S)
             with contextlib.suppress(DaemonError):
                 return cls.connect(home)  # somebody else's daemon took the lock first
-            raise DaemonError(word.decode("utf-8", "replace").strip() or "the on-demand daemon did not start")
+            kind, _, rest = word.decode("utf-8", "replace").partition("\t")
+            message, _, hint = rest.rstrip("\n").partition("\t")
+            raise error_of(kind, message, hint) if message else DaemonError("the on-demand daemon did not start")
         client = cls.connect(home)
         client._started = process
         return client

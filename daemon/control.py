@@ -70,6 +70,8 @@ class ControlServer:
         self._served = 0
         self.on_idle: Callable[[], None] = lambda: None
         """Called when the last client has gone."""
+        self.on_close: Callable[[dict[str, object]], None] = lambda state: None
+        """Called with a connection's state when it ends."""
 
     @property
     def clients(self) -> int:
@@ -121,6 +123,7 @@ class ControlServer:
             log.debug("a control client hung up")
         finally:
             session.close()
+            self.on_close(session.state)
             self._clients -= 1
             if self._clients == 0:
                 self.on_idle()
@@ -235,12 +238,16 @@ class _Connection:
             if not await self._read():
                 return None
             frame = self._decoder.next_frame()
-        with _deadline():
-            while frame is None:
-                if not await self._read():
-                    raise FormatError("the client hung up in the middle of a message")
-                frame = self._decoder.next_frame()
+        if frame is None:
+            with _deadline():
+                frame = await self._rest_of_frame()
         return control.decode_message(frame)
+
+    async def _rest_of_frame(self) -> bytes:
+        while (frame := self._decoder.next_frame()) is None:
+            if not await self._read():
+                raise FormatError("the client hung up in the middle of a message")
+        return frame
 
     async def _read(self) -> bool:
         space = socket.CMSG_SPACE(control.MAX_FDS * 4)

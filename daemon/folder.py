@@ -27,7 +27,7 @@ from modelp2p.daemon.space import free_bytes
 from modelp2p.daemon.store import Store
 from modelp2p.protocol import layout
 from modelp2p.protocol.errors import CorruptError, NoSpaceError, NotFoundError
-from modelp2p.protocol.journal import Completed, FileDone, FileGone, JournalState, Lost, Proven, Selection
+from modelp2p.protocol.journal import Completed, FileDone, FileGone, FileStamp, JournalState, Lost, Proven, Selection
 from modelp2p.protocol.ranges import Ranges
 from modelp2p.protocol.record import FileRecord, ReleaseRecord
 from modelp2p.protocol.statement import Release
@@ -214,6 +214,20 @@ class ReleaseFolder:
         # The new name changed the inode's ctime: renew the other's stamp, or its loaders would hash once more.
         other._journal.append(FileDone(other_path, stamp, source.borrowed))
         other.save_record()
+
+    def disown(self, path: str) -> None:
+        """Give up a finished file that somebody changed: its names go, its inode is left as it is."""
+        self.lose(Ranges(), (path,))
+        self._forget(path)
+        self._discard(path)
+        self.store.remove(f"{self._tree}/{path}")
+
+    def restamp(self) -> None:
+        """Journal the stats of the finished files as they are now; only after their bytes were hashed again."""
+        for path, done in list(self.state.files.items()):
+            stamp = FileStamp.of(os.stat(self.disk_path(path), follow_symlinks=False))
+            if stamp != done.stamp:
+                self._journal.append(FileDone(path, stamp, done.borrowed))
 
     def select(self, selection: Selection) -> None:
         """Journal what was asked for."""

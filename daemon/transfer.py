@@ -16,13 +16,15 @@ from hashlib import sha256
 import trio
 
 from modelp2p.daemon.folder import ReleaseFolder
-from modelp2p.daemon.hashing import HashPool, StateLostError
+from modelp2p.daemon.hashing import HashPool
+from modelp2p.daemon.hashpool import StateLostError
 from modelp2p.daemon.swarm import Swarm
 from modelp2p.protocol import engine_wire as wire
 from modelp2p.protocol import fetching
 from modelp2p.protocol.errors import CorruptError, ModelP2PError, NoSpaceError, PolicyError, StoreError
 from modelp2p.protocol.fetching import FetchMachine
 from modelp2p.protocol.kinds import HEAD_BYTES, contradiction
+from modelp2p.protocol.ranges import Ranges
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +107,7 @@ class Transfer:
         """Bytes of wanted files that are proven."""
         return self._machine.proven_bytes
 
-    async def handle(self, event: wire.EngineEvent) -> None:
+    async def handle(self, event: wire.Event) -> None:
         """Take an event of the swarm about this torrent, or about the engine."""
         match event:
             case wire.PiecesFinished(pieces=pieces):
@@ -217,7 +219,7 @@ class Transfer:
         self.reread += not ok
         await self._send.send(fetching.Proved(piece, ok))
 
-    async def _sync(self, pieces: fetching.Ranges) -> None:
+    async def _sync(self, pieces: Ranges) -> None:
         await trio.to_thread.run_sync(self.folder.sync_proven, pieces)
         await self._send.send(fetching.Synced(pieces))
 

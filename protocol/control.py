@@ -135,8 +135,8 @@ def decode_message(frame: bytes) -> Message:
         return Result(number, body, codec.take_uint(source, "fds", maximum=MAX_FDS))
     if "error" in source:
         error = cast("Map", codec.take(source, "error", dict))
-        texts = (codec.take(error, key, str, "error") for key in ("kind", "message", "hint"))
-        return Failure(number, *texts, facts=cast("Map", codec.take(error, "facts", dict, "error")))
+        kind, message, hint = (codec.take(error, key, str, "error") for key in ("kind", "message", "hint"))
+        return Failure(number, kind, message, hint, cast("Map", codec.take(error, "facts", dict, "error")))
     raise FormatError("not a control message")
 
 

@@ -350,17 +350,7 @@ class EngineRestarted:
 
 
 Command: TypeAlias = (
-    Configure
-    | Add
-    | AddMagnet
-    | StartDownload
-    | Remove
-    | Connect
-    | SetWanted
-    | SetPiecePriorities
-    | SetLimits
-    | Throttle
-    | Flush
+    Configure | Add | AddMagnet | StartDownload | Remove | Connect | SetWanted | SetPiecePriorities | SetLimits | Throttle | Flush
 )
 Event: TypeAlias = (
     Listening

@@ -10,7 +10,6 @@ Pure: bytes in, bytes out. Reading, writing and permissions belong to the comman
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -100,7 +99,7 @@ def _unseal(fields: Map, passphrase: str | None) -> bytes:
     public = {key: value for key, value in fields.items() if key != "sealed"}
     nonce = codec.take_bytes(fields, "nonce", NONCE_BYTES, "key file")
     try:
-        return cast("bytes", _cipher(fields, passphrase).decrypt(nonce, codec.take(fields, "sealed", bytes), codec.pack(public)))
+        return _cipher(fields, passphrase).decrypt(nonce, codec.take(fields, "sealed", bytes), codec.pack(public))
     except InvalidTag as exc:
         raise DeniedError("wrong passphrase, or the key file was altered") from exc
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 from modelp2p.protocol import codec
 from modelp2p.protocol.codec import Map, Value
@@ -136,6 +136,6 @@ def _decode_file(item: Value) -> FileRecord:
         numbers["size"],
         codec.take(item, "mtime_ns", int, "record"),
         codec.take(item, "ctime_ns", int, "record"),
-        cast("bytes", codec.take(item, "root", bytes, "record")),
+        codec.take(item, "root", bytes, "record"),
         codec.take(item, "borrowed", bool, "record"),
     )

@@ -96,7 +96,8 @@ _ALWAYS: LibtorrentSettings = {
     # Received but not yet written; with what the daemon has not proven this stays under its 128 MiB.
     "max_queued_disk_bytes": 64 << 20,
     "checking_mem_usage": 2048,
-    "alert_queue_size": 20_000,
+    # A torrent that is added complete announces every piece it has at once; 65,536 is a usual large one.
+    "alert_queue_size": 100_000,
     "alert_mask": ALERT_MASK,
 }
 

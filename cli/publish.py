@@ -1,0 +1,207 @@
+"""`publish`: a folder becomes a signed release.
+
+Two steps, so that the daemon never holds a key: it hashes and returns an unsigned manifest; this process checks that the
+manifest says what was asked, shows it, signs it, and hands back the envelope.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import click
+
+from modelp2p.cli.app import App, pass_app
+from modelp2p.cli.connection import daemon
+from modelp2p.cli.keyring import key_of
+from modelp2p.cli.options import client_options
+from modelp2p.cli.output import emit_block, emit_json, out, say, table
+from modelp2p.cli.passphrase import ask, passphrase_from_file
+from modelp2p.cli.progress import progress_of
+from modelp2p.cli.refs import local_release_of, open_user_path, ref_args, typed_ref
+from modelp2p.cli.units import size_text
+from modelp2p.protocol.errors import FormatError, UsageError
+from modelp2p.protocol.names import BundleRef, ModelName, check_revision
+
+if TYPE_CHECKING:
+    from modelp2p.cli.connection import Client
+    from modelp2p.protocol.codec import Map, Value
+    from modelp2p.protocol.manifest import Manifest
+
+_KEYS = ("link", "name", "revision", "info_hash", "manifest", "publisher", "files", "bytes", "seconds")
+_MOST_ROWS = 20
+
+
+@click.command()
+@click.argument("directory", type=click.Path())
+@click.option("--as", "name", required=True, metavar="ORG/MODEL", help="The name it gets.")
+@click.option("--key", metavar="NAME", help="The key to sign with; needed where there are several.")
+@click.option("--passphrase-file", metavar="FILE", help="Read the key's passphrase from the first line of FILE.")
+@click.option("--include", multiple=True, metavar="GLOB", help="Only files that match; may be repeated.")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="No files that match; may be repeated.")
+@click.option("--license", "license_", default="", metavar="SPDX", help="The licence, such as apache-2.0.")
+@click.option("--license-file", metavar="PATH", help="The file of the release that holds the licence.")
+@click.option("--note", "notes", multiple=True, metavar="KEY=TEXT", help="Something to say about it; may be repeated.")
+@click.option("--base", "bases", multiple=True, metavar="RELATION=REF", help="What it was made from: finetune=org/model.")
+@click.option("--origin", metavar="REPO@COMMIT", help="The repository and commit the files were taken from.")
+@click.option("--web-seed", "web_seeds", multiple=True, metavar="URL", help="An HTTPS copy of the files; may be repeated.")
+@click.option("--tracker", "trackers", multiple=True, metavar="URL", help="A tracker to announce to; may be repeated.")
+@click.option("--sequence", type=click.IntRange(min=1), help="The statement's number; default: one more than the last.")
+@click.option("--no-seed", is_flag=True, help="Store it without seeding.")
+@client_options
+@pass_app
+def publish(
+    app: App,
+    directory: str,
+    name: str,
+    key: str | None,
+    passphrase_file: str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    license_: str,
+    license_file: str | None,
+    notes: Sequence[str],
+    bases: Sequence[str],
+    origin: str | None,
+    web_seeds: Sequence[str],
+    trackers: Sequence[str],
+    sequence: int | None,
+    no_seed: bool,
+) -> None:
+    """Sign DIRECTORY as a release and print its link.
+
+    Nothing in DIRECTORY is changed or uploaded: the files are hashed where they are and served from there. Publishing the same
+    again returns the same link.
+    """
+    model = _name_of(name)
+    folder = key_of(app.keys_folder, key)
+    sealed = folder.release_key()
+    passphrase = None
+    if sealed.is_encrypted:
+        passphrase = passphrase_from_file(passphrase_file) if passphrase_file is not None else ask(folder.name)
+    # Opened before the hashing, which may take an hour: a wrong passphrase is said at once.
+    private = sealed.open(passphrase)
+    chain = folder.chain()
+    args: Map = {
+        "name": str(model),
+        "created": int(time.time()),
+        "sequence": sequence if sequence is not None else folder.highest_sequence(str(model)) + 1,
+        "license": license_,
+        "notes": cast("Map", dict(_pair(note, "--note") for note in notes)),
+        "web_seeds": list(web_seeds),
+        "trackers": list(trackers),
+        "publisher": chain.publisher_id,
+        "include": list(include),
+        "exclude": list(exclude),
+    }
+    if license_file is not None:
+        args["license_file"] = license_file
+    if origin is not None:
+        args["origin"] = _origin(origin)
+    source = open_user_path(directory, "folder", os.O_DIRECTORY)
+    started = time.monotonic()
+    try:
+        with daemon(app) as client:
+            args["lineage"] = [_lineage(client, base) for base in bases]
+            with progress_of(app) as progress:
+                prepared = client.call("publish", args, [source], progress.on_event)
+            from modelp2p.cli.signing import existing_or_signed, read_prepared
+
+            manifest, payload, existing = read_prepared(prepared, args)
+            _show_manifest(app, manifest, folder.name, prepared.result)
+            envelope = existing_or_signed(manifest, payload, existing, private, chain, folder)
+            result = _commit(client, prepared.result, envelope, chain.documents, seed=not no_seed)
+            # A daemon that came for this command leaves with it: saying "seeding" would be a promise nobody keeps.
+            seeding = bool(result.get("seeding")) and client.started_pid is None
+    finally:
+        os.close(source)
+    _show_result(app, {**result, "seeding": seeding}, time.monotonic() - started)
+
+
+def _commit(client: Client, prepared: Map, envelope: bytes, documents: Sequence[bytes], *, seed: bool) -> Map:
+    from modelp2p.cli.signing import sealed_memory
+    from modelp2p.protocol.publisher import encode_chain
+
+    fds = [sealed_memory("envelope", envelope), sealed_memory("publisher", encode_chain(documents))]
+    try:
+        return client.call("publish_commit", {"token": prepared["token"], "seed": seed}, fds).result
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _show_manifest(app: App, manifest: Manifest, key: str, prepared: Map) -> None:
+    if app.quiet:
+        return
+    rows = [(entry.path, size_text(entry.size), entry.kind.value) for entry in manifest.files[:_MOST_ROWS]]
+    for line in table(("FILE", "SIZE", "KIND"), rows, right="SIZE"):
+        say(app, line)
+    if len(manifest.files) > _MOST_ROWS:
+        say(app, f"... and {len(manifest.files) - _MOST_ROWS} more")
+    for path in cast("list[Value]", prepared.get("skipped", [])):
+        say(app, f"skipped: {path}")
+    words = {"reflink": "without copying (shared blocks)", "link": "without copying (hard links)", "copy": "as copies"}
+    mode = str(prepared.get("mode", ""))
+    say(app, f"{len(manifest.files)} files, {size_text(manifest.total_bytes)}, stored {words.get(mode, mode)}")
+    say(app, f"Signing {manifest.name}@{manifest.revision} with key '{key}'")
+
+
+def _show_result(app: App, result: Map, seconds: float) -> None:
+    if app.as_json:
+        body: dict[str, object] = {key: result.get(key) for key in _KEYS} | {"seconds": round(seconds, 3)}
+        emit_json(body | {key: value for key, value in result.items() if key not in body})
+        return
+    if app.quiet:
+        out(str(result["link"]))
+        return
+    emit_block(
+        [
+            ("Link", result["link"]),
+            ("Release", f"{result['name']}@{result['revision']}"),
+            ("Publisher", result["publisher"]),
+            ("Size", f"{result['files']} files, {size_text(cast('int', result['bytes']))}"),
+            ("Seeding", "yes" if result["seeding"] else "no"),
+        ]
+    )
+    if not result["seeding"]:
+        say(app, f"Nothing is seeding it yet. Run: modelp2p seed {result['name']}")
+
+
+def _name_of(text: str) -> ModelName:
+    try:
+        return ModelName.parse(text)
+    except FormatError as exc:
+        raise UsageError(f"--as: {exc.message}", hint=exc.hint) from exc
+
+
+def _pair(text: str, flag: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise UsageError(f"{flag} '{text[:80]}' is not KEY=VALUE")
+    return key, value
+
+
+def _origin(text: str) -> Map:
+    repo, _, commit = text.partition("@")
+    try:
+        return {"repo": str(ModelName.parse(repo)), "commit": check_revision(commit)}
+    except FormatError as exc:
+        raise UsageError(f"--origin: {exc.message}", hint="Write REPO@COMMIT with the full commit of 40 hex digits.") from exc
+
+
+def _lineage(client: Client, text: str) -> Map:
+    """What `RELATION=REF` pins: name, revision and info-hash of the parent."""
+    from modelp2p.protocol.manifest import RELATIONS
+
+    relation, ref_text = _pair(text, "--base")
+    if relation not in RELATIONS:
+        raise UsageError(f"--base: '{relation[:40]}' is not a relation", hint=f"Use one of: {', '.join(sorted(RELATIONS))}.")
+    ref = typed_ref(ref_text)
+    if isinstance(ref, BundleRef):
+        name, revision, info_hash, _ = local_release_of(ref.path)
+        return {"relation": relation, "name": name, "revision": revision, "info_hash": info_hash}
+    with ref_args(ref) as (args, fds):
+        parent = client.call("show", args, fds).result
+    return {"relation": relation, **{key: parent[key] for key in ("name", "revision", "info_hash")}}

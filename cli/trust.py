@@ -1,0 +1,85 @@
+"""`trust add|list|remove`: which publisher this node believes for which name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import click
+
+from modelp2p.cli.app import App, pass_app
+from modelp2p.cli.connection import daemon
+from modelp2p.cli.options import client_options
+from modelp2p.cli.output import emit_block, emit_json, out, say, table
+from modelp2p.cli.refs import ref_args, typed_ref
+from modelp2p.protocol.errors import FormatError, UsageError
+from modelp2p.protocol.names import NameRef, check_publisher_id
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.codec import Map, Value
+
+
+@click.group()
+def trust() -> None:
+    """Which publisher may speak for which name.
+
+    A link authorises its publisher for one fetch. Only an entry made here lets a publisher's releases be found by name.
+    """
+
+
+@trust.command()
+@click.argument("ref", metavar="LINK|BUNDLE")
+@click.option("--name", required=True, metavar="PATTERN", help="org/model, org/* or *: what the publisher may speak for.")
+@client_options
+@pass_app
+def add(app: App, ref: str, name: str) -> None:
+    """Trust the publisher of LINK or BUNDLE for every name that PATTERN matches."""
+    typed = typed_ref(ref)
+    if isinstance(typed, NameRef):
+        raise UsageError("trust is given to the publisher of a link or bundle, not to a name", hint="Give the link you trust.")
+    with ref_args(typed) as (args, fds), daemon(app) as client:
+        result = client.call("trust_add", {**args, "name": name}, fds).result
+    if app.as_json:
+        emit_json(result)
+    elif app.quiet:
+        out(str(result["publisher"]))
+    else:
+        emit_block([("Publisher", result["publisher"]), ("May sign", result["name"])])
+
+
+@trust.command("list")
+@client_options
+@pass_app
+def list_(app: App) -> None:
+    """List what was trusted."""
+    with daemon(app) as client:
+        result = client.call("trust_list", {}).result
+    if app.as_json:
+        emit_json(result)
+        return
+    entries = [cast("Map", item) for item in cast("list[Value]", result["entries"])]
+    if not entries:
+        say(app, "No publisher is trusted for any name. Add one: modelp2p trust add LINK --name org/model.")
+        return
+    for line in table(("NAME", "PUBLISHER"), [(item["name"], item["publisher"]) for item in entries]):
+        out(line)
+
+
+@trust.command()
+@click.argument("publisher")
+@click.option("--name", metavar="PATTERN", help="Only this entry; default: all of the publisher's.")
+@client_options
+@pass_app
+def remove(app: App, publisher: str, name: str | None) -> None:
+    """Take trust back from PUBLISHER (its id). Releases that are here stay."""
+    try:
+        args: Map = {"publisher": check_publisher_id(publisher)}
+    except FormatError as exc:
+        raise UsageError(exc.message, hint=exc.hint) from exc
+    if name is not None:
+        args["name"] = name
+    with daemon(app) as client:
+        result = client.call("trust_remove", args).result
+    if app.as_json:
+        emit_json(result)
+    else:
+        say(app, f"{result['removed']} removed")

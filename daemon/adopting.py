@@ -1,0 +1,171 @@
+"""Adopting bytes that are already on this machine: an interrupted download, a cache folder, a damaged copy of our own.
+
+Whatever is there is copied (or reflinked) into new inodes of ours, cut or extended to the right length, and proven piece by
+piece against the signed layers; what does not match is simply missing and is fetched. The source is never changed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from modelp2p.daemon.beneath import open_beneath
+from modelp2p.daemon.diskerror import on_disk
+from modelp2p.daemon.folder import ReleaseFolder
+from modelp2p.daemon.hashing import HashPool
+from modelp2p.daemon.linking import OWN_INODE_WAYS, place_copy
+from modelp2p.daemon.requests import Emit
+from modelp2p.protocol.errors import UsageError
+from modelp2p.protocol.manifest import FileEntry
+from modelp2p.protocol.merkle import HASH_BYTES
+from modelp2p.protocol.ranges import Ranges
+
+MAX_CANDIDATES = 100_000
+_PIECES_AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file or folder given by the client, by descriptor; `name` is the file's own name."""
+
+    fd: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    path: str
+    size: int
+
+
+async def adopt_files(pool: HashPool, folder: ReleaseFolder, wanted: tuple[str, ...], source: Source, emit: Emit) -> int:
+    """Prove what `source` holds of the wanted files. Returns the bytes found good.
+
+    Raises:
+        UsageError: the source is neither a file nor a folder.
+        NoSpaceError, StoreError: it cannot be taken in.
+    Cancellation: pieces journaled so far stay proven.
+    """
+    is_folder = stat.S_ISDIR(os.fstat(source.fd).st_mode)
+    found = await trio.to_thread.run_sync(_list, source.fd) if is_folder else []
+    good = done = 0
+    missing = [path for path in wanted if path not in folder.state.files]
+    total = sum(folder.release.manifest.file(path).size for path in missing)
+    for path in missing:
+        entry = folder.release.manifest.file(path)
+        candidate = _pick(entry, found) if is_folder else _Candidate("", os.fstat(source.fd).st_size)
+        if candidate is not None and entry.size and (is_folder or _may_be(entry, source.name, len(missing))):
+            fd = open_beneath(source.fd, candidate.path, os.O_RDONLY) if is_folder else os.dup(source.fd)
+            try:
+                if stat.S_ISREG(os.fstat(fd).st_mode):
+                    await trio.to_thread.run_sync(take_in, folder, path, fd)
+                    good += await _prove(pool, folder, path, lambda count: emit({"phase": "checking", "done": done + count, "total": total}))  # noqa: B023  # called at once
+            finally:
+                os.close(fd)
+        done += entry.size
+        emit({"phase": "checking", "done": done, "total": total})
+    return good
+
+
+async def prove_staged(pool: HashPool, folder: ReleaseFolder, path: str, emit: Emit) -> int:
+    """Prove whatever lies in the engine's folder under `path`; returns the bytes found good."""
+    size = folder.release.pieces.size(path)
+    return await _prove(pool, folder, path, lambda count: emit({"phase": "checking", "done": count, "total": size}))
+
+
+def take_in(folder: ReleaseFolder, path: str, fd: int) -> None:
+    """Put a copy of `fd` where the engine will write the rest; a staged file with proven pieces is better and stays.
+
+    Raises:
+        NoSpaceError, StoreError: the copy cannot be made.
+    """
+    if folder.proven_bytes((path,)):
+        return
+    data = folder.data_dirfd()
+    try:
+        place_copy(fd, data, path, OWN_INODE_WAYS, replace=True)
+        copy = open_beneath(data, path, os.O_RDWR)
+        try:
+            with on_disk(f"cannot size '{path}'"):
+                os.ftruncate(copy, folder.release.pieces.size(path))
+        finally:
+            os.close(copy)
+    finally:
+        os.close(data)
+
+
+def _list(fd: int) -> list[_Candidate]:
+    candidates = []
+    for folder, _, names, dirfd in os.fwalk(".", dir_fd=fd, follow_symlinks=False):
+        prefix = folder[2:] + "/" if folder != "." else ""
+        for name in names:
+            found = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+            if stat.S_ISREG(found.st_mode):
+                candidates.append(_Candidate(prefix + name, found.st_size))
+        if len(candidates) > MAX_CANDIDATES:
+            raise UsageError(f"the folder holds more than {MAX_CANDIDATES} files", hint="Give the folder of this model only.")
+    return candidates
+
+
+def _names_of(entry: FileEntry) -> tuple[str, ...]:
+    """Names under which tools keep this file: its own, and its blob's in a Hugging Face cache."""
+    git = (entry.git_sha1.hex(),) if entry.git_sha1 else ()
+    return (entry.path.rsplit("/", 1)[-1], entry.sha256.hex(), *git)
+
+
+def _pick(entry: FileEntry, found: list[_Candidate]) -> _Candidate | None:
+    """The likeliest candidate: the same path, then a known name (also of an interrupted download), then the same size."""
+
+    def rank(candidate: _Candidate) -> tuple[int, int]:
+        name = candidate.path.rsplit("/", 1)[-1]
+        known = _names_of(entry)
+        if candidate.path == entry.path:
+            order = 0
+        elif name in known:
+            order = 1
+        elif any(name.startswith(k) and name.endswith((".incomplete", ".part", ".aria2", ".tmp", ".!qB")) for k in known):
+            order = 2
+        elif candidate.size == entry.size:
+            order = 3
+        else:
+            order = 9
+        return order, abs(candidate.size - entry.size)
+
+    best = min(found, key=rank, default=None)
+    return best if best is not None and rank(best)[0] < 9 else None
+
+
+def _may_be(entry: FileEntry, name: str, missing: int) -> bool:
+    return missing == 1 or any(name.startswith(known) for known in _names_of(entry))
+
+
+async def _prove(pool: HashPool, folder: ReleaseFolder, path: str, tell: Callable[[int], None]) -> int:
+    release = folder.release
+    pieces, entry = release.pieces, release.manifest.file(path)
+    first, count = pieces.first(path), pieces.count(path)
+    expected = release.layers.of(entry)
+    good = 0
+    fd = folder.open_staged(path)
+    try:
+        for begin in range(0, count, _PIECES_AT_ONCE):
+            some = min(_PIECES_AT_ONCE, count - begin)
+            hashes = await pool.hash_pieces(
+                fd, file_size=entry.size, piece_length=pieces.piece_length, first=begin, count=some
+            )
+            matching = [
+                first + begin + index
+                for index in range(some)
+                if hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES]
+                == expected[(begin + index) * HASH_BYTES : (begin + index + 1) * HASH_BYTES]
+            ]
+            if matching:
+                await trio.to_thread.run_sync(folder.sync_proven, Ranges.of_ints(matching))
+                good += sum(pieces.locate(piece).length for piece in matching)
+            tell(min(entry.size, (begin + some) * pieces.piece_length))
+    finally:
+        os.close(fd)
+    return good

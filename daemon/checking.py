@@ -1,0 +1,159 @@
+"""`verify`: read every visible byte of a release again; `--repair`: fetch exactly the pieces that are bad.
+
+A damaged file is never repaired in place: its good pieces are copied into a new inode, the bad ones fetched, and the name is
+moved over by rename, so a reader of the old inode keeps what it had and a borrowed inode stays untouched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import trio
+
+from modelp2p.daemon.adopting import prove_staged, take_in
+from modelp2p.daemon.beneath import open_beneath
+from modelp2p.daemon.fetch import fetch
+from modelp2p.daemon.folder import ReleaseFolder
+from modelp2p.daemon.library import Entry
+from modelp2p.daemon.node import Node, pieces_of
+from modelp2p.daemon.requests import Emit, FetchRequest, Target
+from modelp2p.protocol import layout
+from modelp2p.protocol.codec import Map, Value
+from modelp2p.protocol.errors import ModelP2PError, NotFoundError
+from modelp2p.protocol.links import PeerAddress
+from modelp2p.protocol.merkle import HASH_BYTES
+from modelp2p.protocol.names import NameRef
+
+Bad = tuple[str, int]
+"""Path and piece number within the file; -1 where the whole file is gone or has another length."""
+_PIECES_AT_ONCE = 64
+
+
+async def verify_release(
+    node: Node, entry: Entry, emit: Emit, *, repair: bool, peers: tuple[PeerAddress, ...], timeout_s: float
+) -> Map:
+    """Hash every finished file of a release against its signed layers.
+
+    Raises:
+        NotFoundError: nothing of it is here.
+        ModelP2PError: the repair could not be finished; what is proven is kept.
+    """
+    shared = node.of(entry.info_hash)
+    release = await trio.to_thread.run_sync(node.library.release, entry.digest)
+    async with shared.lock:
+        folder = await trio.to_thread.run_sync(ReleaseFolder.open, node.store, release)
+        try:
+            paths = tuple(folder.state.files)
+            if not paths:
+                raise NotFoundError(f"no finished file of {entry.ref} is here", hint=f"modelp2p fetch {entry.name}")
+            bad = await _find_bad(node, folder, paths, emit)
+            if not bad:
+                # Only times differ (a copy restored by a backup): what was read just now is what is recorded.
+                await trio.to_thread.run_sync(_restamp, folder)
+            damaged = tuple(dict.fromkeys(path for path, _ in bad))
+            selection = folder.state.selection
+            if damaged:
+                await node.unseed(entry.info_hash)
+                shared.error = f"{len(bad)} bad piece(s) in {len(damaged)} file(s), '{damaged[0]}' first"
+                await _set_aside(node, folder, damaged, emit, rescue=repair)
+        finally:
+            folder.close()
+    repaired = 0
+    if repair and damaged:
+        request = FetchRequest(
+            Target(name=NameRef(entry.name, entry.revision)),
+            include=selection.include if selection else (),
+            exclude=selection.exclude if selection else (),
+            peers=peers,
+            timeout_s=timeout_s,
+            allow_code=True,  # these files were accepted when they were fetched
+        )
+        await fetch(node, request, emit)
+        shared.error = ""
+        repaired = len(bad)
+    pieces: list[Value] = [{"path": path, "piece": piece} for path, piece in bad]
+    return {
+        "name": str(entry.name),
+        "revision": entry.revision,
+        "ok": not bad or bool(repaired),
+        "bad": pieces,
+        "repaired": repaired,
+        "bytes": sum(release.manifest.file(path).size for path in paths),
+    }
+
+
+async def _find_bad(node: Node, folder: ReleaseFolder, paths: tuple[str, ...], emit: Emit) -> list[Bad]:
+    release = folder.release
+    total = sum(release.manifest.file(path).size for path in paths)
+    tree = layout.tree_of(release.info_hash, release.manifest.revision)
+    bad: list[Bad] = []
+    done = 0
+    for path in paths:
+        entry = release.manifest.file(path)
+        try:
+            fd = open_beneath(node.store.fd, f"{tree}/{path}", os.O_RDONLY)
+        except ModelP2PError:
+            bad.append((path, -1))
+            continue
+        try:
+            size = os.fstat(fd).st_size
+            if size != entry.size:
+                bad.append((path, -1))
+            else:
+                bad += await _bad_pieces(node, folder, path, fd, lambda count: emit({"phase": "checking", "done": done + count, "total": total}))  # noqa: B023  # called before `done` moves
+        finally:
+            os.close(fd)
+        done += entry.size
+    return bad
+
+
+async def _bad_pieces(node: Node, folder: ReleaseFolder, path: str, fd: int, tell: Callable[[int], None]) -> list[Bad]:
+    release = folder.release
+    entry, count = release.manifest.file(path), release.pieces.count(path)
+    expected = release.layers.of(entry)
+    bad: list[Bad] = []
+    for begin in range(0, count, _PIECES_AT_ONCE):
+        some = min(_PIECES_AT_ONCE, count - begin)
+        length = release.pieces.piece_length
+        hashes = await node.pool.hash_pieces(fd, file_size=entry.size, piece_length=length, first=begin, count=some)
+        for index in range(some):
+            at = (begin + index) * HASH_BYTES
+            if hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES] != expected[at : at + HASH_BYTES]:
+                bad.append((path, begin + index))
+        tell(min(entry.size, (begin + some) * length))
+    return bad
+
+
+async def _set_aside(node: Node, folder: ReleaseFolder, damaged: tuple[str, ...], emit: Emit, *, rescue: bool) -> None:
+    """Take damaged files out of sight and, to rescue them, put their good pieces into new inodes in the engine's folder."""
+    release = folder.release
+    tree = layout.tree_of(release.info_hash, release.manifest.revision)
+    for path in damaged:
+        sources = [f"{layout.data_of(release.info_hash)}/{path}", f"{tree}/{path}"]
+        fd = await trio.to_thread.run_sync(_open_first, node, sources)
+        try:
+            await trio.to_thread.run_sync(folder.lose, pieces_of(release, (path,)), (path,))
+            await trio.to_thread.run_sync(folder.disown, path)
+            if rescue and fd is not None:
+                await trio.to_thread.run_sync(take_in, folder, path, fd)
+        finally:
+            if fd is not None:
+                os.close(fd)
+        if rescue and fd is not None:
+            await prove_staged(node.pool, folder, path, emit)
+    await trio.to_thread.run_sync(folder.save_record)
+
+
+def _open_first(node: Node, paths: list[str]) -> int | None:
+    for path in paths:
+        try:
+            return open_beneath(node.store.fd, path, os.O_RDONLY)
+        except ModelP2PError:
+            continue
+    return None
+
+
+def _restamp(folder: ReleaseFolder) -> None:
+    folder.restamp()
+    folder.save_record()

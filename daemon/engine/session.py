@@ -1,0 +1,374 @@
+"""One libtorrent session, driven by commands and answering in events. The only room that calls libtorrent.
+
+Invariants:
+- a torrent is known by its info-hash alone; an alert or command for one that is not there means nothing;
+- every alert is copied when it is popped (`alerts`), and the wake-up socket is drained before popping: the other way
+  round a wake-up can be lost;
+- calls that wait for the network thread are made only where there is no other way (metadata, resync after a loss).
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import assert_never
+
+import libtorrent as lt
+
+from modelp2p.daemon.engine import layout
+from modelp2p.daemon.engine.alerts import (
+    MetadataArrived,
+    PeerReport,
+    SocketOpened,
+    StatusUpdates,
+    TorrentAdded,
+    copy_alert,
+    join_address,
+)
+from modelp2p.daemon.engine.settings import clamp_rate, libtorrent_settings, uses_pex
+from modelp2p.protocol.engine_wire import (
+    Add,
+    AddFailed,
+    AddMagnet,
+    Command,
+    Configure,
+    Connect,
+    Dropped,
+    EngineSettings,
+    Event,
+    FileFailed,
+    Flush,
+    Flushed,
+    Listening,
+    ListenFailed,
+    MagnetSpec,
+    MetadataReceived,
+    PeerStatus,
+    PiecesFinished,
+    Remove,
+    SetLimits,
+    SetPiecePriorities,
+    SetWanted,
+    StartDownload,
+    Throttle,
+    TorrentFile,
+    TorrentSpec,
+    TorrentStatus,
+)
+from modelp2p.protocol.errors import DaemonError, FormatError
+from modelp2p.protocol.text import printable
+
+THROTTLED_RATE = 1024
+"""Bytes per second of a held torrent: enough that its peers do not call it dead, nothing beside 128 MiB."""
+
+
+@dataclass(slots=True)
+class _Torrent:
+    """What the engine remembers of a torrent beside libtorrent."""
+
+    spec: TorrentSpec | MagnetSpec
+    handle: lt.torrent_handle | None = None
+    """None until libtorrent has taken it."""
+    waiting: list[Command] = field(default_factory=list)
+    """Commands that came before the handle."""
+    max_down: int = 0
+    held: bool = False
+    initial: list[bool] = field(default_factory=list)
+    flushes: int = 0
+    """Asked for and not yet answered; libtorrent also flushes unasked."""
+    failed_paths: set[str] = field(default_factory=set)
+    """Files whose failure was said: a full disk brings hundreds of alerts a second."""
+    peers: tuple[PeerStatus, ...] = ()
+    web_down: int = 0
+    web_seen: dict[str, int] = field(default_factory=dict)
+
+
+class Session:
+    """A running session.
+
+    Resources: `close` stops it; the wake-up sockets outlive the libtorrent session, which writes to them until its end.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._pex = uses_pex(settings)
+        self._torrents: dict[bytes, _Torrent] = {}
+        self._wake, self._woken_by = socket.socketpair()
+        for end in (self._wake, self._woken_by):
+            # A full blocking socket would stop libtorrent's network thread.
+            end.setblocking(False)
+        parameters = lt.session_params(libtorrent_settings(settings))
+        parameters.disk_io_constructor = "pread_disk_io_constructor"
+        self._session: lt.session | None = lt.session(parameters)
+        self._bind_limits_to_everyone(self._lt)
+        self._lt.set_alert_fd(self._woken_by.fileno())
+
+    def __repr__(self) -> str:
+        return f"<Session {len(self._torrents)} torrents>"
+
+    def fileno(self) -> int:
+        """Readable when there are events."""
+        return self._wake.fileno()
+
+    def listening(self, landlock: int) -> list[Event]:
+        """The outcome of opening the listen sockets: failures, then one `Listening`. Called once, first."""
+        # A question to the network thread, answered after it has opened its sockets.
+        port = self._lt.listen_port()
+        events: list[Event] = []
+        addresses = []
+        for copied in filter(None, map(copy_alert, self._lt.pop_alerts())):
+            if isinstance(copied, ListenFailed):
+                events.append(copied)
+            elif isinstance(copied, SocketOpened) and copied.is_tcp:
+                addresses.append(join_address(copied.address, copied.port))
+        return [*events, Listening(port if addresses else 0, tuple(addresses), landlock)]
+
+    def handle(self, command: Command) -> Iterator[Event]:
+        """Performs a command; yields what can be said at once."""
+        match command:
+            case Configure():
+                raise DaemonError("an engine is configured once")
+            case Add(spec) | AddMagnet(spec):
+                yield from self._add(spec)
+            case SetLimits(None, up, down):
+                self._lt.apply_settings({"upload_rate_limit": clamp_rate(up), "download_rate_limit": clamp_rate(down)})
+            case SetLimits():
+                self._to_torrent(command.info_hash or b"", command)
+            case StartDownload() | Remove() | Connect() | SetWanted() | SetPiecePriorities() | Throttle() | Flush():
+                self._to_torrent(command.info_hash, command)
+            case _:
+                assert_never(command)
+
+    def read_events(self) -> Iterator[Event]:
+        """Everything libtorrent has said since the last call; pieces of one torrent in one event."""
+        try:
+            while self._wake.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+        copies = [copied for alert in self._lt.pop_alerts() if (copied := copy_alert(alert)) is not None]
+        finished: dict[bytes, list[int]] = {}
+        for copied in copies:
+            if isinstance(copied, PiecesFinished):
+                finished.setdefault(copied.info_hash, []).extend(self._news(copied))
+        # First, so that whoever hears `Flushed` or `TransferFinished` has heard of every piece before it.
+        yield from (PiecesFinished(info_hash, tuple(pieces)) for info_hash, pieces in finished.items() if pieces)
+        for copied in copies:
+            match copied:
+                case PiecesFinished():
+                    pass
+                case TorrentAdded():
+                    yield from self._added(copied)
+                case MetadataArrived():
+                    yield from self._metadata(copied.info_hash)
+                case StatusUpdates():
+                    yield from (self._with_peers(status) for status in copied.torrents)
+                case PeerReport():
+                    self._tally(copied)
+                case SocketOpened():
+                    pass
+                case FileFailed():
+                    yield from self._file_failed(copied)
+                case Flushed():
+                    yield from self._flushed(copied)
+                case Dropped():
+                    yield copied
+                    yield from self._resync()
+                case _:
+                    yield copied
+
+    def tick(self) -> None:
+        """Once a second: ask what changed; the answers come as events."""
+        self._lt.post_torrent_updates(0)
+
+    def close(self) -> None:
+        """Leaves all swarms and writes what is received; waits for libtorrent's threads."""
+        self._torrents.clear()
+        # The last reference: its destructor joins. Only then may the sockets it writes to be closed.
+        self._session = None
+        self._wake.close()
+        self._woken_by.close()
+
+    @property
+    def _lt(self) -> lt.session:
+        assert self._session is not None, "the session is closed"
+        return self._session
+
+    @staticmethod
+    def _bind_limits_to_everyone(session: lt.session) -> None:
+        # By default libtorrent puts private and loopback addresses in a class of their own, free of all limits.
+        every = lt.ip_filter()
+        mask = 1 << session.global_peer_class_id
+        every.add_rule("0.0.0.0", "255.255.255.255", mask)
+        every.add_rule("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", mask)
+        session.set_peer_class_filter(every)
+
+    def _add(self, spec: TorrentSpec | MagnetSpec) -> Iterator[Event]:
+        if spec.info_hash in self._torrents:
+            return
+        torrent = _Torrent(spec)
+        try:
+            if isinstance(spec, TorrentSpec):
+                params = layout.torrent_params(spec, pex=self._pex)
+                torrent.max_down = spec.max_down
+                torrent.initial = params.have_pieces
+            else:
+                params = layout.magnet_params(spec, pex=self._pex)
+        except FormatError as error:
+            yield AddFailed(spec.info_hash, error.message)
+            return
+        self._torrents[spec.info_hash] = torrent
+        self._lt.async_add_torrent(params)
+
+    def _added(self, reply: TorrentAdded) -> Iterator[Event]:
+        torrent = self._torrents.get(reply.info_hash)
+        if torrent is None:
+            # Removed before libtorrent had taken it.
+            if not reply.error:
+                self._lt.remove_torrent(reply.handle)
+            return
+        if reply.error:
+            del self._torrents[reply.info_hash]
+            yield AddFailed(reply.info_hash, reply.error)
+            return
+        torrent.handle = reply.handle
+        waiting, torrent.waiting = torrent.waiting, []
+        for command in waiting:
+            self._perform(reply.info_hash, torrent, reply.handle, command)
+
+    def _to_torrent(self, info_hash: bytes, command: Command) -> None:
+        torrent = self._torrents.get(info_hash)
+        if torrent is None:
+            return
+        if torrent.handle is not None:
+            self._perform(info_hash, torrent, torrent.handle, command)
+        elif isinstance(command, Remove):
+            del self._torrents[info_hash]
+        else:
+            torrent.waiting.append(command)
+
+    def _perform(self, info_hash: bytes, torrent: _Torrent, handle: lt.torrent_handle, command: Command) -> None:
+        match command:
+            case Remove():
+                del self._torrents[info_hash]
+                self._lt.remove_torrent(handle)
+            case Connect(peers=peers):
+                for endpoint in layout.endpoints(peers):
+                    handle.connect_peer(endpoint)
+            case SetLimits(up=up, down=down):
+                torrent.max_down = down
+                handle.set_upload_limit(clamp_rate(up))
+                self._limit_download(torrent, handle)
+            case Throttle(held=held):
+                torrent.held = held
+                self._limit_download(torrent, handle)
+            case Flush():
+                torrent.flushes += 1
+                handle.flush_cache()
+            case SetWanted(paths=paths):
+                self._set_wanted(handle, frozenset(paths))
+            case SetPiecePriorities(pieces=pieces, priorities=priorities):
+                handle.prioritize_pieces([(piece, min(7, value)) for piece, value in zip(pieces, priorities, strict=True)])
+            case StartDownload():
+                self._start_download(torrent, handle)
+
+    @staticmethod
+    def _limit_download(torrent: _Torrent, handle: lt.torrent_handle) -> None:
+        handle.set_download_limit(THROTTLED_RATE if torrent.held else clamp_rate(torrent.max_down))
+
+    @staticmethod
+    def _set_wanted(handle: lt.torrent_handle, paths: frozenset[str]) -> None:
+        info = handle.torrent_file()
+        if info is None:
+            return
+        priorities = [layout.UNWANTED] * info.layout().num_files()
+        for index, path, _ in layout.laid_files(info.layout()):
+            priorities[index] = layout.WANTED if path in paths else layout.UNWANTED
+        handle.prioritize_files(priorities)
+
+    @staticmethod
+    def _start_download(torrent: _Torrent, handle: lt.torrent_handle) -> None:
+        info = handle.torrent_file()
+        if info is None:
+            return
+        files = layout.laid_files(info.layout())
+        for index, path, _ in files:
+            # Without the folder that the swarm's own name would make. Disk jobs keep their order: this comes before any write.
+            handle.rename_file(index, f"{torrent.spec.save_path}/{path}")
+        wanted = {index for index, _, _ in files}
+        handle.prioritize_files(
+            [layout.WANTED if index in wanted else layout.UNWANTED for index in range(info.layout().num_files())]
+        )
+
+    def _metadata(self, info_hash: bytes) -> Iterator[Event]:
+        torrent = self._torrents.get(info_hash)
+        info = torrent.handle.torrent_file() if torrent and torrent.handle else None
+        if torrent is None or info is None:
+            return
+        try:
+            files = layout.laid_files(info.layout())
+        except FormatError as error:
+            self._to_torrent(info_hash, Remove(info_hash))
+            yield AddFailed(info_hash, error.message)
+            return
+        base = torrent.spec.save_path
+        described = tuple(TorrentFile(path, size, f"{base}/{path}", wanted=False) for _, path, size in files)
+        yield MetadataReceived(info_hash, bytes(info.info_section()), described)
+
+    def _news(self, event: PiecesFinished) -> Iterator[int]:
+        # libtorrent also announces what it was told it has.
+        torrent = self._torrents.get(event.info_hash)
+        known = torrent.initial if torrent else []
+        return (piece for piece in event.pieces if piece >= len(known) or not known[piece])
+
+    def _flushed(self, event: Flushed) -> Iterator[Event]:
+        torrent = self._torrents.get(event.info_hash)
+        if torrent is not None and torrent.flushes:
+            torrent.flushes -= 1
+            yield event
+
+    def _file_failed(self, failure: FileFailed) -> Iterator[Event]:
+        torrent = self._torrents.get(failure.info_hash)
+        if torrent is None:
+            return
+        files = torrent.spec.files if isinstance(torrent.spec, TorrentSpec) else ()
+        path = next((file.path for file in files if file.disk_path == failure.path), printable(failure.path))
+        if path not in torrent.failed_paths:
+            torrent.failed_paths.add(path)
+            yield replace(failure, path=path)
+
+    def _with_peers(self, status: TorrentStatus) -> TorrentStatus:
+        torrent = self._torrents.get(status.info_hash)
+        if torrent is None or torrent.handle is None:
+            return status
+        if status.peers:
+            torrent.handle.post_peer_info()
+        else:
+            torrent.peers = ()
+        return replace(status, peer_list=torrent.peers, web_down=torrent.web_down)
+
+    def _tally(self, report: PeerReport) -> None:
+        torrent = self._torrents.get(report.info_hash)
+        if torrent is None:
+            return
+        torrent.peers = report.peers
+        for address, total in report.web_total.items():
+            # A new connection to the same web seed counts from zero again.
+            seen = torrent.web_seen.get(address, 0)
+            torrent.web_down += total - seen if total >= seen else total
+        torrent.web_seen = report.web_total
+
+    def _resync(self) -> Iterator[Event]:
+        for info_hash, torrent in self._torrents.items():
+            if torrent.handle is None:
+                continue
+            status = torrent.handle.status(lt.torrent_handle.query_pieces)
+            known: Iterable[bool] = torrent.initial or [False] * len(status.pieces)
+            news = tuple(piece for piece, (has, had) in enumerate(zip(status.pieces, known, strict=False)) if has and not had)
+            if news:
+                yield PiecesFinished(info_hash, news)
+            # The answers may be among what was lost.
+            for _ in range(torrent.flushes):
+                torrent.handle.flush_cache()
+            if status.is_finished:
+                yield TransferFinished(info_hash)

@@ -1,0 +1,362 @@
+"""`fetch` and `adopt`: from a reference to proven files under a visible path.
+
+    resolve  ->  verify  ->  (dry run ends)  ->  share, adopt  ->  reserve  ->  transfer  ->  link
+
+Invariants:
+- the manifest is verified and admitted before the payload torrent exists, so before one payload byte is asked for;
+- space for the whole selection is checked, and reserved, before the first byte;
+- cancelled at any point, everything proven stays journaled and the next fetch goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import trio
+
+from modelp2p.daemon.adopting import Source, adopt_files
+from modelp2p.daemon.folder import ReleaseFolder
+from modelp2p.daemon.manifest_swarm import fetch_statement
+from modelp2p.daemon.node import Node, Shared
+from modelp2p.daemon.requests import Emit, FetchRequest, Target
+from modelp2p.daemon.space import free_bytes
+from modelp2p.daemon.transfer import Transfer
+from modelp2p.protocol import engine_wire as wire
+from modelp2p.protocol.codec import Map, Value
+from modelp2p.protocol.errors import ModelP2PError, NoSpaceError, PolicyError, UsageError
+from modelp2p.protocol.fetching import wanted_paths
+from modelp2p.protocol.journal import Selection
+from modelp2p.protocol.kinds import kind_of
+from modelp2p.protocol.links import Link
+from modelp2p.protocol.names import PublisherId
+from modelp2p.protocol.statement import Release, Statement, verify_statement
+from modelp2p.protocol.trust import admit, check_no_rival
+
+log = logging.getLogger(__name__)
+
+EVENT_S = 0.2
+"""Least time between two progress events."""
+NO_SPACE_RETRY_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A verified, admitted release; `is_named` where its publisher is trusted for its name."""
+
+    release: Release
+    is_named: bool
+    link: Link | None = None
+
+
+async def resolve(node: Node, target: Target, request: FetchRequest, emit: Emit) -> Resolved:
+    """The release a target means, from the library, a bundle or the manifest swarm; verified, admitted and kept.
+
+    Raises:
+        ModelP2PError: not found, not verified, not trusted, or not delivered.
+    """
+    emit({"phase": "resolving"})
+    if target.name is not None:
+        entry = node.library.by_name(target.name, node.book)
+        return Resolved(await trio.to_thread.run_sync(node.library.release, entry.digest), is_named=True)
+    statement = await statement_of(node, target, request)
+    emit({"phase": "verifying"})
+    release = await trio.to_thread.run_sync(verify, node, statement)
+    named = admit(release, node.book, target.link)
+    check_no_rival(release, _refs(node))
+    if not request.dry_run:
+        await trio.to_thread.run_sync(node.library.add, statement, release)
+    return Resolved(release, named, target.link)
+
+
+async def statement_of(node: Node, target: Target, request: FetchRequest) -> Statement:
+    """The statement a link or bundle means, not verified yet."""
+    if target.statement is not None:
+        return target.statement
+    assert target.link is not None
+    known = node.library.by_link(target.link)
+    if known is not None:
+        return await trio.to_thread.run_sync(node.store.load_statement, known.digest)
+    return await _from_swarm(node, target.link, request)
+
+
+def verify(node: Node, statement: Statement) -> Release:
+    """Verify a statement with the newest root chain this node has of its publisher."""
+    release = verify_statement(statement)
+    chain = node.store.load_chain(release.publisher_id)
+    return verify_statement(statement, chain) if chain is not None else release
+
+
+async def _from_swarm(node: Node, link: Link, request: FetchRequest) -> Statement:
+    send, receive = trio.open_memory_channel[wire.Event](256)
+    node.route(link.manifest_hash, send.send)
+    try:
+        return await fetch_statement(
+            link,
+            (*node.peers, *request.peers, *node.usable_peers(link.peers)),
+            node.trackers_of(link.trackers),
+            node.store,
+            node.swarm,
+            receive,
+            request.timeout_s or node.config.fetch.timeout_s,
+        )
+    finally:
+        node.unroute(link.manifest_hash)
+
+
+def _refs(node: Node) -> list[tuple[str, PublisherId, bytes]]:
+    return [(entry.ref, entry.publisher, entry.info_hash) for entry in node.library.entries()]
+
+
+def select(release: Release, request: FetchRequest, *, allow_code: bool) -> tuple[str, ...]:
+    """The paths a request selects, in manifest order.
+
+    Raises:
+        UsageError: none.
+        PolicyError: some of them run code, and that was not allowed.
+    """
+    sizes = {entry.path: entry.size for entry in release.manifest.files}
+    wanted = wanted_paths(sizes, request.include, request.exclude)
+    if not wanted:
+        raise UsageError(f"no file of {release.ref} matches", hint="'modelp2p show' lists its files.")
+    code = [path for path in wanted if kind_of(path).executes_code or release.manifest.file(path).kind.executes_code]
+    if code and not allow_code:
+        raise PolicyError(
+            f"{release.ref} holds {len(code)} file(s) that run code when they are opened, such as '{code[0]}'",
+            hint="Leave them out with --exclude, or accept them with --allow-code.",
+            path=code[0],
+        )
+    return wanted
+
+
+async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | None = None) -> Map:
+    """Fetch a release; see the module. Returns the result of DESIGN 8.
+
+    Raises:
+        ModelP2PError: with everything proven kept.
+    Cancellation: the same.
+    """
+    started = trio.current_time()
+    resolved = await resolve(node, request.target, request, emit)
+    release = resolved.release
+    allow_code = request.allow_code or node.config.policy.allow_code
+    wanted = select(release, request, allow_code=allow_code)
+    shared = node.of(release.info_hash)
+    link_peers = node.usable_peers(resolved.link.peers) if resolved.link else ()
+    shared.peers = tuple(dict.fromkeys((*shared.peers, *request.peers, *link_peers)))
+    if shared.lock.locked():
+        emit({"phase": "waiting", "note": "another command works on this release"})
+    async with shared.lock:
+        folder = await trio.to_thread.run_sync(ReleaseFolder.open, node.store, release)
+        try:
+            if request.dry_run:
+                return _plan(node, folder, resolved, wanted)
+            work = _Work(node, shared, folder, request, wanted, allow_code, emit)
+            adopted = await work.run(source)
+            path = node.store.show_model(
+                release.manifest.name, release.publisher_id, release.info_hash, release.manifest.revision, named=resolved.is_named
+            )
+            node.note(folder)
+        finally:
+            folder.close()
+        if request.seed:
+            await node.seed(release.info_hash)
+    result: Map = {
+        "path": str(path),
+        "name": str(release.manifest.name),
+        "revision": release.manifest.revision,
+        "info_hash": release.info_hash.hex(),
+        "publisher": release.publisher_id,
+        "name_verified": resolved.is_named,
+        "state": "complete" if shared.is_complete else "partial",
+        "bytes": sum(release.manifest.file(path).size for path in wanted),
+        "from_peers": work.from_peers,
+        "from_web": work.from_web,
+        "reused": work.reused,
+        "milliseconds": int((trio.current_time() - started) * 1000),
+    }
+    return result | ({"adopted": adopted} if source is not None else {})
+
+
+def _plan(node: Node, folder: ReleaseFolder, resolved: Resolved, wanted: tuple[str, ...]) -> Map:
+    release = resolved.release
+    files: list[Value] = [
+        {"path": path, "size": release.manifest.file(path).size, "have": folder.proven_bytes((path,))} for path in wanted
+    ]
+    return {
+        "name": str(release.manifest.name),
+        "revision": release.manifest.revision,
+        "info_hash": release.info_hash.hex(),
+        "publisher": release.publisher_id,
+        "name_verified": resolved.is_named,
+        "files": files,
+        "bytes": sum(release.manifest.file(path).size for path in wanted),
+        "needed_bytes": sum(release.manifest.file(path).size for path in wanted) - folder.proven_bytes(wanted),
+        "free_bytes": free_bytes(node.store.fd),
+    }
+
+
+class _Work:
+    """One run of one fetch."""
+
+    def __init__(
+        self,
+        node: Node,
+        shared: Shared,
+        folder: ReleaseFolder,
+        request: FetchRequest,
+        wanted: tuple[str, ...],
+        allow_code: bool,
+        emit: Emit,
+    ) -> None:
+        self.node = node
+        self.shared = shared
+        self.folder = folder
+        self.request = request
+        self.wanted = wanted
+        self.allow_code = allow_code
+        self.emit = emit
+        self.from_peers = 0
+        self.from_web = 0
+        self.reused = 0
+        self._told = 0.0
+
+    async def run(self, source: Source | None) -> int:
+        """Make every wanted file proven and visible. Returns bytes found good in `source`."""
+        folder, store = self.folder, self.node.config.store
+        await trio.to_thread.run_sync(self._drop_changed)
+        before = set(folder.state.files)
+        adopted = 0
+        if any(path not in folder.state.files for path in self.wanted):
+            await self.node.unseed(self.shared.info_hash, statements=False)
+            await trio.to_thread.run_sync(self._share)
+            self.emit({"phase": "reserving"})
+            await trio.to_thread.run_sync(folder.check_space, self.wanted, store.reserve if store.reservation else 0)
+            if source is not None:
+                adopted = await adopt_files(self.node.pool, folder, self.wanted, source, self.emit)
+            await trio.to_thread.run_sync(self._stage)
+            folder.select(Selection(self.request.include, self.request.exclude, self.wanted))
+            self.shared.is_partial = False
+            await self._transfer()
+        else:
+            folder.select(Selection(self.request.include, self.request.exclude, self.wanted))
+        if set(folder.state.files) != before or not folder.state.complete:
+            self.emit({"phase": "linking"})
+            await trio.to_thread.run_sync(folder.complete)
+        return adopted
+
+    async def _transfer(self) -> None:
+        shared, config = self.shared, self.node.config
+        shared.max_up, shared.max_down = self.request.max_up, self.request.max_down
+        shared.error = ""
+        transfer = Transfer(
+            self.folder,
+            self.node.swarm,
+            self.node.pool,
+            self.wanted,
+            self.request.timeout_s,
+            self.allow_code,
+            lambda: self.node.spec_of(self.folder, self.wanted),
+            self._progress,
+            self.node.pool.worker_limit,
+        )
+        shared.transfer = transfer
+        self.node.route(shared.info_hash, transfer.handle)
+        try:
+            await transfer.run()
+        except ModelP2PError as exc:
+            shared.error = exc.message
+            log.warning("%s: %s", self.folder.release.ref, exc.message)
+            raise
+        finally:
+            shared.transfer = None
+            self.node.unroute(shared.info_hash)
+            self.node.note(self.folder)
+            traffic = transfer.traffic
+            self.from_web = traffic.web
+            self.from_peers = max(0, traffic.down - traffic.web - traffic.wasted)
+            log.info(
+                "%s: %d bytes proven, %d from peers, %d wasted, %d looks too early",
+                self.folder.release.ref, transfer.proven_bytes, self.from_peers, traffic.wasted, transfer.reread,
+            )  # fmt: skip
+
+    def _progress(self) -> None:
+        transfer = self.shared.transfer
+        now = trio.current_time()
+        if transfer is None or now - self._told < EVENT_S:
+            return
+        self._told = now
+        self.shared.proven = transfer.proven_bytes
+        status = transfer.status
+        total = sum(self.folder.release.pieces.size(path) for path in self.wanted)
+        received = transfer.traffic.down > 0 and transfer.proven_bytes < total
+        self.emit(
+            {
+                "phase": "fetching" if received or transfer.proven_bytes < total else "proving",
+                "done": transfer.proven_bytes,
+                "total": total,
+                "rate_down": status.rate_down if status else 0,
+                "rate_up": status.rate_up if status else 0,
+                "peers": status.peers if status else 0,
+            }
+        )
+
+    def _drop_changed(self) -> None:
+        """Files that somebody changed since they were proven are fetched again, into new inodes."""
+        changed = [path for path in self.folder.changed_files() if path in self.wanted]
+        for path in changed:
+            self.folder.disown(path)
+
+    def _share(self) -> None:
+        """Take files that another release here holds whole: equal root, equal bytes."""
+        missing = {
+            self.folder.release.manifest.file(path).root: path
+            for path in self.wanted
+            if path not in self.folder.state.files and self.folder.release.manifest.file(path).size
+        }
+        for entry in self.node.library.entries():
+            if not missing:
+                return
+            other_hash = entry.info_hash
+            if other_hash == self.shared.info_hash or self.node.of(other_hash).lock.locked():
+                continue
+            record = self.node.store.load_record(other_hash)
+            if record is None or not any(item.root in missing for item in record.files.values()):
+                continue
+            other = ReleaseFolder.open(self.node.store, self.node.library.release(entry.digest))
+            try:
+                self._share_from(other, missing)
+            finally:
+                other.close()
+
+    def _share_from(self, other: ReleaseFolder, missing: dict[bytes, str]) -> None:
+        changed = set(other.changed_files())
+        for other_path in list(other.state.files):
+            theirs = other.release.manifest.file(other_path)
+            path = missing.get(theirs.root)
+            if path is None or other_path in changed:
+                continue
+            ours = self.folder.release.manifest.file(path)
+            if theirs.sha256 != ours.sha256:
+                continue
+            self.folder.share(path, other, other_path)
+            self.reused += ours.size
+            del missing[theirs.root]
+
+    def _stage(self) -> None:
+        store = self.node.config.store
+        self.folder.stage(self.wanted, reserve=store.reservation, keep_free_bytes=store.reserve if store.reservation else 0)
+
+
+async def detached(node: Node, request: FetchRequest, emit: Emit) -> None:
+    """A fetch nobody waits for: no space pauses it, and it tries again until there is."""
+    while True:
+        try:
+            await fetch(node, request, emit)
+            return
+        except NoSpaceError as exc:
+            log.warning("paused, no space: %s", exc.message)
+            await trio.sleep(NO_SPACE_RETRY_S)
+        except ModelP2PError as exc:
+            log.error("a detached fetch ended: %s", exc.message)
+            return

@@ -1,0 +1,37 @@
+"""Bytes too large for a control frame travel as sealed memory files: nobody can change them after they were sent."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+from modelp2p.daemon.diskerror import on_disk
+from modelp2p.protocol.errors import FormatError
+
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+def sealed(name: str, data: bytes) -> int:
+    """A read-only memory file with `data`; the caller closes it."""
+    with on_disk("cannot make a memory file"):
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    return fd
+
+
+def read_sealed(fd: int, limit_bytes: int) -> bytes:
+    """The whole content of a descriptor a client sent: a memory file, or a plain file it opened for us.
+
+    Raises:
+        FormatError: longer than `limit_bytes`.
+    """
+    with on_disk("cannot read what the client sent"):
+        data = bytearray()
+        while chunk := os.pread(fd, min(1 << 20, limit_bytes + 1 - len(data)), len(data)):
+            data += chunk
+            if len(data) > limit_bytes:
+                raise FormatError(f"what was sent has more than the limit of {limit_bytes} bytes")
+    return bytes(data)

@@ -1,0 +1,363 @@
+"""The verbs of the control socket: arguments in, results out. What they do lives in the modules they call."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from hashlib import sha256
+
+import trio
+
+from modelp2p.daemon import publish_verbs
+from modelp2p.daemon.adopting import Source
+from modelp2p.daemon.checking import verify_release
+from modelp2p.daemon.cleaning import collect_garbage, remove_release
+from modelp2p.daemon.config import config_to_toml
+from modelp2p.daemon.control import Answer, Call
+from modelp2p.daemon.fetch import detached, fetch, resolve, statement_of, verify
+from modelp2p.daemon.library import Entry
+from modelp2p.daemon.node import Node
+from modelp2p.daemon.requests import FetchRequest, Target, flag, peers, rate, text, texts
+from modelp2p.daemon.sealed import read_sealed, sealed
+from modelp2p.protocol import layout
+from modelp2p.protocol.codec import Map, Value
+from modelp2p.protocol.errors import NotFoundError, UsageError
+from modelp2p.protocol.names import check_publisher_id
+from modelp2p.protocol.statement import MAX_BUNDLE_BYTES, decode_bundle, encode_bundle
+from modelp2p.protocol.trust import TrustEntry, admit
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """Dispatches calls to verbs."""
+
+    def __init__(self, node: Node, nursery: trio.Nursery, *, on_demand: bool, stop: Callable[[], None]) -> None:
+        self._node = node
+        self._nursery = nursery
+        self._on_demand = on_demand
+        self._stop = stop
+        self._started = trio.current_time()
+        self._detached = 0
+        self._verbs: dict[str, Callable[[Call], Awaitable[Answer]]] = {
+            "adopt": self._adopt,
+            "config": self._config,
+            "fetch": self._fetch,
+            "gc": self._gc,
+            "limits": self._limits,
+            "ls": self._ls,
+            "publish": lambda call: publish_verbs.publish(self._node, call),
+            "publish_commit": lambda call: publish_verbs.publish_commit(self._node, call, on_demand=self._on_demand),
+            "resolve": self._resolve,
+            "rm": self._rm,
+            "seed": self._seed,
+            "show": self._show,
+            "status": self._status,
+            "stop": self._stop_verb,
+            "trust_add": self._trust_add,
+            "trust_list": self._trust_list,
+            "trust_remove": self._trust_remove,
+            "verify": self._verify,
+        }
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether jobs without a client are running."""
+        return self._detached > 0
+
+    async def handle(self, call: Call) -> Answer:
+        """Serve one call.
+
+        Raises:
+            ModelP2PError: what the client will hear.
+        """
+        verb = self._verbs.get(call.verb)
+        if verb is None:
+            raise UsageError(f"the daemon does not know the verb '{call.verb[:60]}'", hint="Client and daemon may differ in version.")
+        return await verb(call)
+
+    async def _fetch(self, call: Call) -> Answer:
+        request = FetchRequest.decode(call.args, self._target(call), self._node.config.fetch.timeout_s)
+        if not request.detach:
+            return Answer(await fetch(self._node, self._own(request), call.emit))
+        # Everything that can be refused is refused while somebody listens.
+        resolved = await resolve(self._node, request.target, request, call.emit)
+        self._nursery.start_soon(self._detach, request)
+        release = resolved.release
+        path = self._node.store.model_path(
+            release.manifest.name, release.publisher_id, release.manifest.revision, named=resolved.is_named
+        )
+        return Answer(
+            {
+                "path": str(path),
+                "name": str(release.manifest.name),
+                "revision": release.manifest.revision,
+                "info_hash": release.info_hash.hex(),
+                "publisher": release.publisher_id,
+                "name_verified": resolved.is_named,
+                "state": "queued",
+                "bytes": release.manifest.total_bytes,
+                "from_peers": 0,
+                "from_web": 0,
+                "reused": 0,
+                "milliseconds": 0,
+            }
+        )
+
+    async def _detach(self, request: FetchRequest) -> None:
+        self._detached += 1
+        try:
+            await detached(self._node, request, lambda _: None)
+        finally:
+            self._detached -= 1
+            if self._on_demand and not self._detached:
+                self._stop()
+
+    def _own(self, request: FetchRequest) -> FetchRequest:
+        """A daemon that leaves with its client need not start serving what was just fetched."""
+        if not self._on_demand:
+            return request
+        return replace(request, seed=False)
+
+    async def _adopt(self, call: Call) -> Answer:
+        if not call.fds:
+            raise UsageError("adopt needs the folder or file as a descriptor")
+        target = self._target(call)
+        args = {key: value for key, value in call.args.items() if key != "file_name"}
+        request = FetchRequest.decode(args, target, self._node.config.fetch.timeout_s)
+        source = Source(call.fds[-1], text(call.args, "file_name", ""))
+        return Answer(await fetch(self._node, self._own(request), call.emit, source))
+
+    async def _verify(self, call: Call) -> Answer:
+        timeout = call.args.get("timeout_s")
+        return Answer(
+            await verify_release(
+                self._node,
+                self._entry(call),
+                call.emit,
+                repair=flag(call.args, "repair"),
+                peers=peers(call.args),
+                timeout_s=float(timeout) if isinstance(timeout, int) else self._node.config.fetch.timeout_s,
+            )
+        )
+
+    async def _rm(self, call: Call) -> Answer:
+        return Answer(await remove_release(self._node, self._entry(call)))
+
+    async def _gc(self, call: Call) -> Answer:
+        return Answer(await collect_garbage(self._node, dry_run=flag(call.args, "dry_run")))
+
+    async def _seed(self, call: Call) -> Answer:
+        refs = texts(call.args, "refs", 1000)
+        entries = [self._entry_of(Target.of(ref)) for ref in refs] if refs else list(self._node.library.entries())
+        extra = peers(call.args)
+        served: list[Value] = []
+        for info_hash in dict.fromkeys(entry.info_hash for entry in entries):
+            shared = self._node.of(info_hash)
+            shared.peers = tuple(dict.fromkeys((*shared.peers, *extra)))
+            shared.max_up = rate(call.args, "max_up") or shared.max_up
+            await self._node.seed(info_hash)
+            if shared.is_seeding:
+                served.append(self._node.library.about(info_hash)[0].ref)
+        listening = await self._node.swarm.wait_listening()
+        return Answer({"releases": served, "listen_port": listening.port})
+
+    async def _limits(self, call: Call) -> Answer:
+        up, down = rate(call.args, "max_up"), rate(call.args, "max_down")
+        if call.args.get("ref"):
+            shared = self._node.of(self._entry(call).info_hash)
+            shared.max_up, shared.max_down = up, down
+            await self._node.swarm.set_limits(shared.info_hash, up, down)
+        else:
+            await self._node.swarm.set_limits(None, up, down)
+        return Answer({})
+
+    async def _resolve(self, call: Call) -> Answer:
+        target = self._target(call)
+        entry = self._node.library.by_name(target.name, self._node.book) if target.name else self._entry_of(target)
+        return Answer(self._summary(entry) | {"path": self._path(entry)})
+
+    async def _ls(self, call: Call) -> Answer:
+        rows: list[Value] = [
+            self._summary(entry) | {"path": self._path(entry), "files": entry.files, "created": entry.created}
+            for entry in self._node.library.entries()
+        ]
+        return Answer({"releases": rows})
+
+    async def _status(self, call: Call) -> Answer:
+        node, engine = self._node, self._node.swarm.statistics()
+        contents = dict.fromkeys(entry.info_hash for entry in node.library.entries())
+        releases: list[Value] = [self._live(node.library.about(info_hash)[0]) for info_hash in contents]
+        publishers: list[Value] = list(sorted({entry.publisher for entry in node.library.entries()}))
+        return Answer(
+            {
+                "node": {
+                    "pid": os.getpid(),
+                    "listen_port": engine.listen_port,
+                    "profile": node.config.network.profile,
+                    "publisher_ids": publishers,
+                    "uptime_s": int(trio.current_time() - self._started),
+                    "home": str(node.store.home),
+                    "engine_pid": engine.engine_pid,
+                    "engine_restarts": engine.restarts,
+                    "landlock": engine.landlock,
+                    "on_demand": self._on_demand,
+                    "bytes_hashed": node.pool.statistics().bytes_read,
+                    "damaged_statements": node.library.damaged,
+                },
+                "releases": releases,
+            }
+        )
+
+    async def _show(self, call: Call) -> Answer:
+        entry = self._entry(call)
+        release = await trio.to_thread.run_sync(self._node.library.release, entry.digest)
+        manifest = release.manifest
+        files: list[Value] = [
+            {
+                "path": item.path,
+                "size": item.size,
+                "root": item.root.hex(),
+                "sha256": item.sha256.hex(),
+                "kind": item.kind.value,
+                "etag": (item.git_sha1 or item.sha256).hex(),
+            }
+            for item in manifest.files
+        ]
+        lineage: list[Value] = [
+            {"relation": item.relation, "name": item.name, "revision": item.revision, "info_hash": item.info_hash.hex()}
+            for item in manifest.lineage
+        ]
+        result: Map = self._summary(entry) | {
+            "manifest_hash": release.manifest_hash.hex(),
+            "created": manifest.created,
+            "license": manifest.license,
+            "license_file": manifest.license_file,
+            "lineage": lineage,
+            "origin": {"repo": manifest.origin.repo, "commit": manifest.origin.commit} if manifest.origin else None,
+            "web_seeds": list(manifest.web_seeds),
+            "trackers": list(manifest.trackers),
+            "notes": dict(manifest.notes),
+            "piece_length": manifest.piece_length,
+            "files": files,
+            "link": str(release.link()),
+            "path": self._path(entry),
+            "statements": len(self._node.library.about(entry.info_hash)),
+        }
+        if not flag(call.args, "bundle_out"):
+            return Answer(result)
+        statement = self._node.store.load_statement(entry.digest)
+        return Answer(result, (sealed("bundle", encode_bundle(statement)),))
+
+    async def _trust_add(self, call: Call) -> Answer:
+        pattern = text(call.args, "name")
+        target = self._target(call)
+        if target.name is not None:
+            raise UsageError("trust needs a link or a bundle: a name does not say who speaks for it")
+        request = FetchRequest(target, peers=peers(call.args), dry_run=True, timeout_s=self._node.config.fetch.timeout_s)
+        release = await trio.to_thread.run_sync(verify, self._node, await statement_of(self._node, target, request))
+        if target.link is not None:
+            admit(release, self._node.book, target.link)
+        book = self._node.book.added(TrustEntry(pattern, release.publisher_id))
+        self._node.store.save_chain(release.chain)
+        self._node.store.save_book(book)
+        self._node.book = book
+        self._rename(release.publisher_id)
+        keyids: list[Value] = list(release.chain.release_keyids())
+        return Answer({"publisher": release.publisher_id, "name": pattern, "keyids": keyids})
+
+    async def _trust_list(self, call: Call) -> Answer:
+        entries: list[Value] = [{"name": e.pattern, "publisher": e.publisher} for e in self._node.book.entries]
+        return Answer({"entries": entries})
+
+    async def _trust_remove(self, call: Call) -> Answer:
+        publisher = check_publisher_id(text(call.args, "publisher"))
+        name = call.args.get("name")
+        book = self._node.book.removed(publisher, name if isinstance(name, str) else None)
+        removed = len(self._node.book.entries) - len(book.entries)
+        if not removed:
+            raise NotFoundError(f"{publisher} is not trusted for {name if isinstance(name, str) else 'any name'}")
+        self._node.store.save_book(book)
+        self._node.book = book
+        self._rename(publisher)
+        return Answer({"removed": removed})
+
+    def _rename(self, publisher: str) -> None:
+        """Move visible paths to where the trust book now puts them."""
+        node = self._node
+        for entry in node.library.entries():
+            if entry.publisher != publisher:
+                continue
+            named = node.is_named(entry)
+            old = node.store.model_path(entry.name, entry.publisher, entry.revision, named=not named)
+            if old.is_symlink():
+                node.store.hide_model(old)
+                node.store.show_model(entry.name, entry.publisher, entry.info_hash, entry.revision, named=named)
+
+    async def _config(self, call: Call) -> Answer:
+        return Answer({"text": config_to_toml(self._node.config)})
+
+    async def _stop_verb(self, call: Call) -> Answer:
+        self._stop()
+        return Answer({})
+
+    def _target(self, call: Call) -> Target:
+        if flag(call.args, "bundle"):
+            if not call.fds:
+                raise UsageError("a bundle has to be sent as a file descriptor")
+            return Target(statement=decode_bundle(read_sealed(call.fds[0], MAX_BUNDLE_BYTES)))
+        return Target.of(text(call.args, "ref"))
+
+    def _entry(self, call: Call) -> Entry:
+        return self._entry_of(self._target(call))
+
+    def _entry_of(self, target: Target) -> Entry:
+        """The kept statement a target names; nothing is fetched."""
+        library = self._node.library
+        if target.name is not None:
+            return library.any_by_name(target.name)
+        if target.link is not None:
+            entry = library.by_link(target.link)
+        else:
+            assert target.statement is not None
+            digest = sha256(target.statement.envelope).digest()
+            entry = next((e for e in library.entries() if e.digest == digest), None)
+        if entry is None:
+            raise NotFoundError("this release is not known here", hint="Fetch it first.")
+        return entry
+
+    def _summary(self, entry: Entry) -> Map:
+        shared = self._node.of(entry.info_hash)
+        return {
+            "name": str(entry.name),
+            "revision": entry.revision,
+            "info_hash": entry.info_hash.hex(),
+            "manifest": entry.digest.hex(),
+            "publisher": entry.publisher,
+            "name_verified": self._node.is_named(entry),
+            "sequence": entry.sequence,
+            "state": shared.state,
+            "size": entry.size,
+            "proven": shared.proven,
+            "error": shared.error,
+        }
+
+    def _live(self, entry: Entry) -> Map:
+        shared = self._node.of(entry.info_hash)
+        transfer = shared.transfer
+        status = transfer.status if transfer else shared.status
+        traffic = transfer.traffic if transfer else shared.traffic
+        return self._summary(entry) | {
+            "rate_down": status.rate_down if status else 0,
+            "rate_up": status.rate_up if status else 0,
+            "peers": status.peers if status else 0,
+            "uploaded": traffic.up,
+            "downloaded": traffic.down,
+        }
+
+    def _path(self, entry: Entry) -> str:
+        node = self._node
+        path = node.store.model_path(entry.name, entry.publisher, entry.revision, named=node.is_named(entry))
+        return str(path) if path.is_symlink() else str(node.store.path(layout.tree_of(entry.info_hash, entry.revision)))

@@ -1,0 +1,125 @@
+"""One safetensors file of a release: opened, its header proven before it is parsed, and the way its bytes will take.
+
+`way_of` is the whole policy in one pure function; a table of tests walks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from modelp2p.loader.pieces import PieceTable
+from modelp2p.loader.source import SourceFile
+from modelp2p.protocol.errors import StoreError
+from modelp2p.protocol.ranges import Ranges
+from modelp2p.protocol.record import FileRecord
+from modelp2p.protocol.safetensors import Header, header_bytes, parse_header
+
+HEADER_GUESS_BYTES = 64 << 10
+"""First read of a header that needs no hashing; nearly all headers fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a record that counts says about a file."""
+
+    is_own: bool = False
+    """The inode was made by the store, which never writes to it again."""
+    is_borrowed: bool = False
+    """The inode belongs to the user, who may write to it."""
+    is_proven: bool = False
+    """Unmodified since the daemon proved every byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How the bytes of one file reach the caller."""
+
+    is_view: bool
+    is_hashed: bool
+
+
+def standing_of(recorded: FileRecord | None, source: SourceFile) -> Standing:
+    """What the record knows about this very inode; nothing where it is another or was modified.
+
+    Where only ctime differs (the daemon made one more link) the file is still the store's own, but has to be proven again.
+    """
+    if recorded is None or recorded.root != source.entry.root:
+        return Standing()
+    if not recorded.matches(source.stat, ignore_ctime=True):
+        return Standing(is_borrowed=recorded.borrowed)
+    return Standing(not recorded.borrowed, recorded.borrowed, recorded.matches(source.stat))
+
+
+def way_of(standing: Standing, *, verify: str, mapping: str, device: str, path: str = "") -> Way:
+    """Decide (see `OpenRelease` for the meaning of `verify` and `mapping`).
+
+    Raises:
+        StoreError: only the record may vouch, and it does not.
+    """
+    may_view = device == "cpu" and mapping != "pread" and not standing.is_borrowed
+    is_view = may_view and (standing.is_own or mapping == "mmap")
+    match verify:
+        case "off":
+            is_hashed = False
+        case "cpu":
+            is_hashed = True
+        case "record":
+            if not standing.is_proven:
+                hint = "Load with verify='auto', or let the daemon prove it again: modelp2p verify."
+                raise StoreError(f"no record that counts vouches for '{path}' as it is now", hint=hint, path=path)
+            is_hashed = False
+        case _:
+            is_hashed = not standing.is_proven or standing.is_borrowed or device != "cpu"
+    return Way(is_view, is_hashed)
+
+
+@dataclass(slots=True)
+class Shard:
+    """An open safetensors file with its parsed header."""
+
+    source: SourceFile
+    table: PieceTable
+    way: Way
+    header: Header
+    header_read_bytes: int
+    """How much of the start of the file was read, and hashed if the way says so, to get the header."""
+    checked: Ranges = field(default_factory=Ranges)
+    """Pieces of the mapping that were proven since it was made."""
+    mapped: memoryview | None = None
+
+
+def open_shard(
+    source: SourceFile, table: PieceTable, decide: Callable[[SourceFile], Way], max_header_bytes: int
+) -> Shard:
+    """The shard in an open file, which it takes over only on success.
+
+    Raises:
+        IntegrityError: the header's bytes are not what was signed, or changed meanwhile.
+        FormatError: they are, and are no valid header.
+    """
+    way = decide(source)
+    data = _header_data(source, table, way.is_hashed, max_header_bytes)
+    if not way.is_hashed:
+        source.check_unchanged()
+    return Shard(source, table, way, parse_header(data, table.size, max_header_bytes), len(data))
+
+
+def _header_data(source: SourceFile, table: PieceTable, is_hashed: bool, max_header_bytes: int) -> bytearray:
+    """A private copy of the file's start that holds the header; whole pieces, all proven, if it is hashed."""
+    step = table.piece_length if is_hashed else HEADER_GUESS_BYTES
+    data = bytearray()
+    wanted = min(step, table.size)
+    while len(data) < wanted:
+        begin = len(data)
+        data.extend(bytes(wanted - begin))
+        view = memoryview(data)
+        source.read_into(view[begin:], begin)
+        if is_hashed:
+            for piece in table.over(begin, wanted):
+                first, last = table.span(range(piece, piece + 1))
+                table.check(piece, view[first:last])
+        needed = header_bytes(view, table.size, max_header_bytes)
+        view.release()
+        wanted = max(wanted, min(-(-needed // step) * step, table.size))
+    return data
