@@ -33,8 +33,8 @@ def show(app: App, running: bool) -> None:
         if app.as_json:
             emit_json({"text": text})
         else:
-            for line in text.splitlines():
-                out(printable(line))
+            for written in text.splitlines():
+                out(printable(written))
         return
     from modelp2p.daemon.config import describe
 

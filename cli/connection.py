@@ -77,6 +77,20 @@ class SocketConnector:
 
 
 @contextmanager
+def running_daemon(app: App) -> Iterator[Client | None]:
+    """A client of the daemon that runs already, for the time of the block, or None where none does."""
+    try:
+        client = app.connector.connect(app.home)
+    except DaemonError:
+        yield None
+        return
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+@contextmanager
 def daemon(app: App, *, start: bool = True) -> Iterator[Client]:
     """A connected client for the time of the block; with `start`, of a new on-demand daemon where none runs.
 

@@ -32,10 +32,11 @@ def init(app: App, name: str, no_passphrase: bool, passphrase_file: str | None) 
     """Make a new publisher called NAME (a name for you; others see the publisher id)."""
     if no_passphrase and passphrase_file is not None:
         raise click.UsageError("--no-passphrase and --passphrase-file contradict each other")
-    if no_passphrase:
-        passphrase = None
-    else:
-        passphrase = passphrase_from_file(passphrase_file) if passphrase_file is not None else ask_new()
+    passphrase = None
+    if passphrase_file is not None:
+        passphrase = passphrase_from_file(passphrase_file)
+    elif not no_passphrase:
+        passphrase = ask_new()
     folder = create_key(app.keys_folder, name, passphrase, _now() + ROOT_LIFETIME)
     _print_key(app, folder)
     if not app.as_json:

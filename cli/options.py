@@ -7,7 +7,7 @@ room that owns their meaning, imported only when such a flag is really given.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
@@ -19,9 +19,15 @@ if TYPE_CHECKING:
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 Decorator = Callable[[Decorated], Decorated]
+# Generic since click 8.4, a plain class before.
+if TYPE_CHECKING:
+    _Numbers: TypeAlias = click.ParamType[int]
+    _Texts: TypeAlias = click.ParamType[str]
+else:
+    _Numbers = _Texts = click.ParamType
 
 
-class Rate(click.ParamType):
+class Rate(_Numbers):
     """Bytes per second: `200M`, `1.5Gi`, `0` for no limit."""
 
     name = "rate"
@@ -37,7 +43,7 @@ class Rate(click.ParamType):
             self.fail(exc.message, param, ctx)
 
 
-class Peer(click.ParamType):
+class Peer(_Texts):
     """`HOST:PORT` or `[IPv6]:PORT`, kept as text."""
 
     name = "host:port"
@@ -51,8 +57,8 @@ class Peer(click.ParamType):
             self.fail(str(exc), param, ctx)
 
 
-def _keep(attribute: str) -> Callable[[Context, Parameter, Any], None]:
-    def callback(ctx: Context, param: Parameter, value: Any) -> None:
+def _keep(attribute: str) -> Callable[[Context, Parameter, object], None]:
+    def callback(ctx: Context, param: Parameter, value: object) -> None:
         # A flag that was not given must not undo the same flag in front of the verb.
         if value not in (None, False, ()):
             setattr(ctx.find_object(App), attribute, value)
@@ -60,8 +66,8 @@ def _keep(attribute: str) -> Callable[[Context, Parameter, Any], None]:
     return callback
 
 
-def _keep_flag(key: str) -> Callable[[Context, Parameter, Any], None]:
-    def callback(ctx: Context, param: Parameter, value: Any) -> None:
+def _keep_flag(key: str) -> Callable[[Context, Parameter, object], None]:
+    def callback(ctx: Context, param: Parameter, value: object) -> None:
         app = ctx.find_object(App)
         if app is not None and value not in (None, ()):
             app.flags[key] = list(value) if isinstance(value, tuple) else value

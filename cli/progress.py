@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
 from modelp2p.cli.output import talk
+from modelp2p.cli.results import Row
 from modelp2p.cli.units import duration_text, percent_text, rate_text, size_text
 from modelp2p.protocol.errors import UsageError
 from modelp2p.protocol.text import printable
@@ -53,7 +54,8 @@ class Situation:
         if isinstance(event.get("note"), str):
             self.note = str(event["note"])
         if "files_total" in event:
-            self.files = f"{event.get('files_done', 0)}/{event['files_total']} files"
+            row = Row(event)
+            self.files = f"{row.number('files_done')}/{row.number('files_total')} files"
 
     @property
     def percent(self) -> str:

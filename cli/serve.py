@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import click
 
 from modelp2p.cli.app import App, pass_app
 from modelp2p.cli.configuring import effective_config
-from modelp2p.cli.connection import daemon as connected
+from modelp2p.cli.connection import running_daemon
 from modelp2p.cli.options import json_option, node_options, quiet_option
 from modelp2p.cli.output import emit_json, out, say
 from modelp2p.cli.refs import local_release_of, typed_ref
-from modelp2p.protocol.errors import DaemonError
-from modelp2p.protocol.names import BundleRef
+from modelp2p.cli.results import Row
+from modelp2p.protocol.names import BundleRef, LinkRef
 from modelp2p.protocol.text import printable
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.codec import Map
 
 
 @click.command()
@@ -41,31 +45,44 @@ def seed(app: App, refs: Sequence[str]) -> int:
     Where a daemon runs already, it is asked to seed them, and this command returns.
     """
     texts = [_text_of(ref) for ref in refs]
-    try:
-        with connected(app, start=False) as client:
-            peers, max_up = app.flags.get("network.peers", []), app.flags.get("network.max_up")
-            args = {"refs": texts, "peers": peers} | ({} if max_up is None else {"max_up": max_up})
-            result = client.call("seed", cast("dict[str, object]", args)).result  # type: ignore[arg-type]  # flags are values
-    except DaemonError:
-        return _run(app, tuple(texts))
-    releases = cast("list[str]", result.get("releases", []))
+    with running_daemon(app) as client:
+        if client is not None:
+            args: dict[str, object] = {"refs": texts, "peers": app.flags.get("network.peers", [])}
+            if (max_up := app.flags.get("network.max_up")) is not None:
+                args["max_up"] = max_up
+            _show(app, Row(client.call("seed", cast("Map", args)).result))
+            return 0
+    return _run(app, tuple(texts))
+
+
+def _show(app: App, result: Row) -> None:
     if app.as_json:
-        emit_json(result)
-    else:
-        say(app, f"A daemon runs already (port {result.get('listen_port')}): it seeds them now.")
-        for release in releases:
-            out(printable(release))
-    return 0
+        emit_json(result.first("releases", "listen_port"))
+        return
+    say(app, f"A daemon runs already (port {result.number('listen_port')}): it seeds them now.")
+    for release in result.texts("releases"):
+        out(printable(release))
 
 
 def _run(app: App, seed_refs: tuple[str, ...] | None) -> int:
     config = effective_config(app).config
-    from modelp2p.daemon.main import run_daemon
+    from modelp2p.daemon.main import Surroundings, run_daemon
 
-    return run_daemon(app.home, config, seed_refs=seed_refs)
+    given = Surroundings(
+        # A service gets its own runtime folder from systemd; a user has one from the login session.
+        runtime_dir=os.environ.get("RUNTIME_DIRECTORY") or os.environ.get("XDG_RUNTIME_DIR"),
+        notify_socket=os.environ.get("NOTIFY_SOCKET"),
+        seed_refs=seed_refs,
+    )
+    return run_daemon(app.home, config, given)
 
 
 def _text_of(text: str) -> str:
     """A reference as text for the daemon; a bundle is opened and checked here, and becomes its link."""
-    ref = typed_ref(text)
-    return local_release_of(ref.path)[3] if isinstance(ref, BundleRef) else str(getattr(ref, "text", ref))
+    match typed_ref(text):
+        case BundleRef(path):
+            return local_release_of(path)[3]
+        case LinkRef(link):
+            return link
+        case name:
+            return str(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -12,11 +11,9 @@ from modelp2p.cli.app import App, pass_app
 from modelp2p.cli.connection import Client, daemon
 from modelp2p.cli.options import home_option, json_option, quiet_option
 from modelp2p.cli.output import emit_json, flush, out, table
+from modelp2p.cli.results import Row
 from modelp2p.cli.units import duration_text, percent_text, rate_text, size_text
 from modelp2p.protocol.text import printable
-
-if TYPE_CHECKING:
-    from modelp2p.protocol.codec import Map, Value
 
 REFRESH_S = 1.0
 _NODE_KEYS = ("pid", "listen_port", "profile", "publisher_ids")
@@ -35,17 +32,18 @@ def status(app: App, watch: bool) -> None:
         if watch and sys.stdout.isatty() and not app.as_json:
             _watch_live(app, client)
         while True:
-            _print(app, client.call("status", {}).result)
+            _print(app, Row(client.call("status", {}).result))
             if not watch:
                 return
             flush()
             time.sleep(REFRESH_S)
 
 
-def _print(app: App, result: Map) -> None:
+def _print(app: App, result: Row) -> None:
     if app.as_json:
-        node, releases = cast("Map", result["node"]), cast("list[Value]", result["releases"])
-        emit_json({"node": _first(node, _NODE_KEYS), "releases": [_first(cast("Map", item), _RELEASE_KEYS) for item in releases]})
+        node = result.row("node") or Row({})
+        releases = [item.first(*_RELEASE_KEYS) for item in result.rows("releases")]
+        emit_json({"node": node.first(*_NODE_KEYS), "releases": releases})
         return
     for line in _lines(result, quiet=app.quiet):
         out(line)
@@ -60,49 +58,41 @@ def _watch_live(app: App, client: Client) -> None:
     console = Console(file=sys.stdout, highlight=False)
     with Live(console=console, auto_refresh=False, screen=False, vertical_overflow="crop") as live:
         while True:
-            lines = _lines(client.call("status", {}).result, quiet=app.quiet)
+            lines = _lines(Row(client.call("status", {}).result), quiet=app.quiet)
             live.update(Text("\n".join(lines), no_wrap=True, overflow="ellipsis"), refresh=True)
             time.sleep(REFRESH_S)
 
 
-def _lines(result: Map, *, quiet: bool) -> list[str]:
-    node = cast("Map", result["node"])
-    releases = [cast("Map", item) for item in cast("list[Value]", result["releases"])]
+def _lines(result: Row, *, quiet: bool) -> list[str]:
+    node, releases = result.row("node") or Row({}), result.rows("releases")
     if quiet:
-        return [printable(f"{item['name']}@{item['revision']} {item['state']}") for item in releases]
-    facts = [f"pid {node['pid']}", f"port {node['listen_port']}", f"profile {node['profile']}"]
-    if isinstance(uptime := node.get("uptime_s"), int):
-        facts.append(f"up {duration_text(uptime)}")
-    if node.get("on_demand"):
+        return [printable(f"{item.ref} {item.text('state')}") for item in releases]
+    facts = [
+        f"pid {node.number('pid')}",
+        f"port {node.number('listen_port')}",
+        f"profile {node.text('profile')}",
+        f"up {duration_text(node.number('uptime_s'))}",
+    ]
+    if node.flag("on_demand"):
         facts.append("on demand")
-    if "landlock" in node:
-        facts.append("engine confined" if node["landlock"] else "engine not confined")
     lines = [printable(", ".join(facts))]
     if not releases:
         return [*lines, "no releases"]
     rows = [
         (
-            item["name"],
-            str(item["revision"])[:12],
-            item["state"],
-            percent_text(_whole(item["proven"]), _whole(item["size"])),
-            size_text(_whole(item["size"])),
-            rate_text(_whole(item["rate_down"])),
-            rate_text(_whole(item["rate_up"])),
-            item["peers"],
-            size_text(_whole(item["uploaded"])),
+            item.text("name"),
+            item.short_revision,
+            item.text("state"),
+            percent_text(item.number("proven"), item.number("size")),
+            size_text(item.number("size")),
+            rate_text(item.number("rate_down")),
+            rate_text(item.number("rate_up")),
+            item.number("peers"),
+            size_text(item.number("uploaded")),
         )
         for item in releases
     ]
     headers = ("NAME", "REVISION", "STATE", "VERIFIED", "SIZE", "DOWN", "UP", "PEERS", "UPLOADED")
     lines += table(headers, rows, right="VERIFIED SIZE DOWN UP PEERS UPLOADED")
-    return [*lines, *(printable(f"{item['name']}: {item['error']}") for item in releases if item.get("error"))]
-
-
-def _first(source: Map, keys: tuple[str, ...]) -> dict[str, object]:
-    """`source` with the keys of the contract first."""
-    return {key: source[key] for key in keys} | {key: value for key, value in source.items() if key not in keys}
-
-
-def _whole(value: Value) -> int:
-    return value if isinstance(value, int) else 0
+    errors = [(item.text("name"), item.text("error", "")) for item in releases]
+    return [*lines, *(printable(f"{name}: {error}") for name, error in errors if error)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,11 +11,12 @@ from modelp2p.cli.connection import daemon
 from modelp2p.cli.options import client_options
 from modelp2p.cli.output import emit_block, emit_json, out, say, table
 from modelp2p.cli.refs import ref_args, typed_ref
+from modelp2p.cli.results import Row
 from modelp2p.protocol.errors import FormatError, UsageError
 from modelp2p.protocol.names import NameRef, check_publisher_id
 
 if TYPE_CHECKING:
-    from modelp2p.protocol.codec import Map, Value
+    from modelp2p.protocol.codec import Map
 
 
 @click.group()
@@ -37,13 +38,13 @@ def add(app: App, ref: str, name: str) -> None:
     if isinstance(typed, NameRef):
         raise UsageError("trust is given to the publisher of a link or bundle, not to a name", hint="Give the link you trust.")
     with ref_args(typed) as (args, fds), daemon(app) as client:
-        result = client.call("trust_add", {**args, "name": name}, fds).result
+        result = Row(client.call("trust_add", {**args, "name": name}, fds).result)
     if app.as_json:
-        emit_json(result)
+        emit_json(result.first("publisher", "name"))
     elif app.quiet:
-        out(str(result["publisher"]))
+        out(result.text("publisher"))
     else:
-        emit_block([("Publisher", result["publisher"]), ("May sign", result["name"])])
+        emit_block([("Publisher", result.text("publisher")), ("May sign", result.text("name"))])
 
 
 @trust.command("list")
@@ -52,15 +53,15 @@ def add(app: App, ref: str, name: str) -> None:
 def list_(app: App) -> None:
     """List what was trusted."""
     with daemon(app) as client:
-        result = client.call("trust_list", {}).result
+        result = Row(client.call("trust_list", {}).result)
     if app.as_json:
-        emit_json(result)
+        emit_json(result.first("entries"))
         return
-    entries = [cast("Map", item) for item in cast("list[Value]", result["entries"])]
+    entries = result.rows("entries")
     if not entries:
         say(app, "No publisher is trusted for any name. Add one: modelp2p trust add LINK --name org/model.")
         return
-    for line in table(("NAME", "PUBLISHER"), [(item["name"], item["publisher"]) for item in entries]):
+    for line in table(("NAME", "PUBLISHER"), [(item.text("name"), item.text("publisher")) for item in entries]):
         out(line)
 
 
@@ -78,8 +79,8 @@ def remove(app: App, publisher: str, name: str | None) -> None:
     if name is not None:
         args["name"] = name
     with daemon(app) as client:
-        result = client.call("trust_remove", args).result
+        result = Row(client.call("trust_remove", args).result)
     if app.as_json:
-        emit_json(result)
+        emit_json(result.first("removed"))
     else:
-        say(app, f"{result['removed']} removed")
+        say(app, f"{result.number('removed')} removed")

@@ -53,15 +53,22 @@ class Believer:
     link: Link | None = None
     _book: TrustBook | None = field(default=None)
 
-    def verified(self, statement: Statement) -> tuple[Release, bool]:
-        """The release a statement proves, and whether the pins give its name to its publisher.
+    def proven(self, statement: Statement) -> Release:
+        """The release a statement proves, by the newest keys of its publisher known here.
 
         Raises:
             FormatError, UntrustedError: it proves nothing.
-            UnknownPublisherError: it does, for a publisher nobody vouched for.
         """
         publisher = decode_chain(statement.publisher).publisher_id
-        release = verify_statement(statement, homes.chain_of(self.home, publisher))
+        return verify_statement(statement, homes.chain_of(self.home, publisher))
+
+    def believes(self, release: Release) -> bool:
+        """Return whether the pins give its name to its publisher, if the release may be loaded at all.
+
+        Raises:
+            UntrustedError: it is not what the link pins.
+            UnknownPublisherError: nobody vouched for its publisher.
+        """
         if self._book is None:
             self._book = homes.book_of(self.home)
         if self.publisher is not None and release.publisher_id != self.publisher:
@@ -69,8 +76,8 @@ class Believer:
                 f"{release.ref} is signed by {release.publisher_id}, not by {self.publisher}", publisher=release.publisher_id
             )
         if self.publisher is None or self.link is not None:
-            return release, admit(release, self._book, self.link)
-        return release, self._book.is_trusted(release.publisher_id, release.manifest.name)
+            return admit(release, self._book, self.link)
+        return self._book.is_trusted(release.publisher_id, release.manifest.name)
 
 
 def locate(ref: str | os.PathLike[str], *, publisher: str | None, home: str) -> Located:
@@ -135,12 +142,13 @@ def _by_folder(path: str, believer: Believer) -> Located:
     if len(inside) > 1:
         raise UsageError(f"several bundles lie in '{path}'", hint=f"Name the one you mean: {os.path.join(path, inside[0])}")
     bundle = os.path.join(path, inside[0]) if inside else path + BUNDLE_SUFFIX
-    release, is_named = believer.verified(_bundle(bundle, f"'{path}' has no bundle inside or beside it"))
-    return Located(release, path, None, is_named)
+    release = believer.proven(_bundle(bundle, f"'{path}' has no bundle inside or beside it"))
+    return Located(release, path, None, believer.believes(release))
 
 
 def _by_bundle(path: str, believer: Believer) -> Located:
-    release, is_named = believer.verified(_bundle(path, f"there is no '{path}'"))
+    release = believer.proven(_bundle(path, f"there is no '{path}'"))
+    is_named = believer.believes(release)
     path = os.path.realpath(path)
     for folder in (os.path.dirname(path), path.removesuffix(BUNDLE_SUFFIX)):
         if any(os.path.isfile(os.path.join(folder, entry.path)) for entry in release.manifest.files):
@@ -176,15 +184,13 @@ def _verified(
     refused: list[UntrustedError] = []
     for statement in statements:
         try:
-            release, is_named = believer.verified(statement)
+            release = believer.proven(statement)
+            if (release.info_hash, release.manifest.revision) != (tree.info_hash, tree.revision):
+                continue
+            if name is None or release.manifest.name == name:
+                found.append((release, believer.believes(release)))
         except UntrustedError as exc:
             refused.append(exc)
-            continue
-        if (release.info_hash, release.manifest.revision) == (tree.info_hash, tree.revision) and name in (
-            None,
-            release.manifest.name,
-        ):
-            found.append((release, is_named))
     if not found and refused:
         raise refused[0]
     return found

@@ -89,9 +89,7 @@ class Shard:
     mapped: memoryview | None = None
 
 
-def open_shard(
-    source: SourceFile, table: PieceTable, decide: Callable[[SourceFile], Way], max_header_bytes: int
-) -> Shard:
+def open_shard(source: SourceFile, table: PieceTable, decide: Callable[[SourceFile], Way], max_header_bytes: int) -> Shard:
     """The shard in an open file, which it takes over only on success.
 
     Raises:
