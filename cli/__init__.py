@@ -1,1 +1,1 @@
-"""cli"""
+"""The command line: one file per group of verbs; talks to the daemon over its socket."""

@@ -44,8 +44,7 @@ def effective_config(app: App) -> Effective:
     files = (app.config_file,) if app.config_file is not None else tuple(filter(os.path.exists, usual_files(app)))
     for path in files:
         text = read_config_file(path)
-        with_path = _named(path)
-        with with_path:
+        with _named(path):
             layer = parse_config(text)
             for key in keys_in(text):
                 changes[key], origins[key] = layer.get(key), path
@@ -82,7 +81,7 @@ def read_config_file(path: str) -> str:
         raise UsageError(f"{path}: not UTF-8 text") from exc
 
 
-class _named:  # noqa: N801  # used like a function
+class _named:
     """Says in which file or variable an error is."""
 
     def __init__(self, place: str) -> None:

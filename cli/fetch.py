@@ -10,7 +10,7 @@ import os
 import stat
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
@@ -21,12 +21,13 @@ from modelp2p.cli.options import Rate, client_options, peer_option, together
 from modelp2p.cli.output import emit_block, emit_json, out, say, table
 from modelp2p.cli.progress import progress_of
 from modelp2p.cli.refs import open_user_path, ref_args, typed_ref
+from modelp2p.cli.results import Row
 from modelp2p.cli.units import rate_text, size_text
 from modelp2p.protocol.errors import InterruptedFetchError
 from modelp2p.protocol.text import printable
 
 if TYPE_CHECKING:
-    from modelp2p.protocol.codec import Map, Value
+    from modelp2p.protocol.codec import Map
     from modelp2p.protocol.names import Ref
 
 _KEYS = ("path", "name", "revision", "info_hash", "publisher", "state", "bytes", "from_peers", "from_web", "seconds")
@@ -39,13 +40,26 @@ _fetch_options = together(
         "--timeout",
         type=click.FloatRange(min=0, min_open=True),
         metavar="S",
-        help="Give up after S seconds without a new verified byte.",
+        help="Give up after S seconds without a new verified byte (default 300).",
     ),
     click.option("--allow-code", is_flag=True, help="Also fetch pickles and code, which run with your rights."),
     click.option("--no-seed", is_flag=True, help="Do not seed it afterwards."),
     click.option("--max-up", type=Rate(), help="Upload limit of this release, such as 200M."),
     click.option("--max-down", type=Rate(), help="Download limit of this release."),
 )
+
+
+class _Flags(TypedDict):
+    """What `_fetch_options` parse, by parameter name."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    peers: tuple[str, ...]
+    timeout: float | None
+    allow_code: bool
+    no_seed: bool
+    max_up: int | None
+    max_down: int | None
 
 
 @click.command()
@@ -56,21 +70,24 @@ _fetch_options = together(
 @click.option("--detach", is_flag=True, help="Leave the fetch to the daemon and return.")
 @client_options
 @pass_app
-def fetch(app: App, ref: str, revision: str | None, local_dir: str | None, dry_run: bool, detach: bool, **flags: Any) -> None:
+def fetch(
+    app: App, /, ref: str, revision: str | None, local_dir: str | None, dry_run: bool, detach: bool, **flags: Unpack[_Flags]
+) -> None:
     """Download REF, verify every byte, and print the path.
 
     REF is org/model, org/model@revision, a magnet link or a .modelp2p bundle. Running the command again resumes.
     """
     if local_dir is not None and (dry_run or detach):
         raise click.UsageError("--local-dir needs the files: it does not go with --dry-run or --detach")
-    args = _args_of(**flags) | {"dry_run": dry_run, "detach": detach}
+    args = _args_of(flags) | {"dry_run": dry_run, "detach": detach}
     result, seconds = _run(app, "fetch", typed_ref(ref, revision), args, [], detach=detach)
     if dry_run:
         _show_plan(app, result)
         return
     if local_dir is not None:
-        local.place(str(result["path"]), local_dir, flags["include"], flags["exclude"])
-        result = {**result, "store_path": result["path"], "path": os.path.abspath(local_dir)}
+        tree = result.text("path")
+        local.place(tree, local_dir, flags["include"], flags["exclude"])
+        result.source.update(path=os.path.abspath(local_dir), store_path=tree)
     _show_result(app, result, seconds)
 
 
@@ -80,46 +97,41 @@ def fetch(app: App, ref: str, revision: str | None, local_dir: str | None, dry_r
 @_fetch_options
 @client_options
 @pass_app
-def adopt(app: App, ref: str, path: str, revision: str | None, **flags: Any) -> None:
+def adopt(app: App, /, ref: str, path: str, revision: str | None, **flags: Unpack[_Flags]) -> None:
     """Take the good bytes of REF from PATH, a folder or file of yours, and fetch the rest.
 
     Nothing at PATH is changed: the store gets copies (sharing blocks where the file system can).
     """
     fd = open_user_path(path, "file or folder")
     try:
-        if not (stat.S_ISDIR(os.fstat(fd).st_mode) or stat.S_ISREG(os.fstat(fd).st_mode)):
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
             raise click.UsageError(f"'{path}' is neither a folder nor a file")
-        args = _args_of(**flags) | {"dry_run": False, "detach": False}
+        args = _args_of(flags)
+        if stat.S_ISREG(mode):
+            # A descriptor has no name; which file of the release it may be is told by its last component.
+            args["file_name"] = os.path.basename(path)
         result, seconds = _run(app, "adopt", typed_ref(ref, revision), args, [fd])
     finally:
         os.close(fd)
     _show_result(app, result, seconds)
 
 
-def _args_of(
-    *,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    peers: Sequence[str],
-    timeout: float | None,
-    allow_code: bool,
-    no_seed: bool,
-    max_up: int | None,
-    max_down: int | None,
-) -> Map:
+def _args_of(flags: _Flags) -> Map:
     args: Map = {
-        "include": list(include),
-        "exclude": list(exclude),
-        "peers": list(peers),
-        "allow_code": allow_code,
-        "seed": not no_seed,
+        "include": list(flags["include"]),
+        "exclude": list(flags["exclude"]),
+        "peers": list(flags["peers"]),
+        "allow_code": flags["allow_code"],
+        "seed": not flags["no_seed"],
     }
     # The control protocol carries no fractions; what is left out is the daemon's default.
-    optional = {"timeout_s": None if timeout is None else math.ceil(timeout), "max_up": max_up, "max_down": max_down}
-    return args | cast("Map", {key: value for key, value in optional.items() if value is not None})
+    timeout_s = None if flags["timeout"] is None else math.ceil(flags["timeout"])
+    optional: Map = {"timeout_s": timeout_s, "max_up": flags["max_up"], "max_down": flags["max_down"]}
+    return args | {key: value for key, value in optional.items() if value is not None}
 
 
-def _run(app: App, verb: str, ref: Ref, args: Map, fds: Sequence[int], *, detach: bool = False) -> tuple[Map, float]:
+def _run(app: App, verb: str, ref: Ref, args: Map, fds: Sequence[int], *, detach: bool = False) -> tuple[Row, float]:
     started = time.monotonic()
     with ref_args(ref) as (ref_map, ref_fds), daemon(app) as client:
         progress = progress_of(app)
@@ -129,77 +141,73 @@ def _run(app: App, verb: str, ref: Ref, args: Map, fds: Sequence[int], *, detach
         except KeyboardInterrupt as exc:
             share = progress.situation.percent
             raise InterruptedFetchError(
-                f"Interrupted at {share}, everything verified is kept." if share else "Interrupted before the first byte.",
+                f"Interrupted at {share}; what is verified is kept." if share else "Interrupted before the first byte.",
                 hint="Run the same command again to resume.",
                 done=progress.situation.done,
                 total=progress.situation.total,
             ) from exc
         if detach:
             client.detach()
-    return reply.result, time.monotonic() - started
+    result = Row(reply.result)
+    # The daemon's own time leaves out its start; on the wire it has no fraction.
+    milliseconds = result.source.pop("milliseconds", None)
+    return result, milliseconds / 1000 if isinstance(milliseconds, int) else time.monotonic() - started
 
 
-def _show_result(app: App, result: Map, seconds: float) -> None:
+def _show_result(app: App, result: Row, seconds: float) -> None:
     if app.as_json:
-        body: dict[str, object] = {key: result.get(key, "" if key in ("path", "publisher") else 0) for key in _KEYS}
-        body["seconds"] = round(seconds, 3)
-        emit_json(body | {key: value for key, value in result.items() if key not in body})
+        emit_json(result.first(*_KEYS) | {"seconds": round(seconds, 3)})
         return
     if app.quiet:
-        out(str(result["path"]))
+        out(result.text("path"))
         return
-    verified = "" if result.get("name_verified", True) else " (name not verified: no publisher is trusted for it)"
+    unverified = "" if result.flag("name_verified") else " (name not verified: nobody is trusted for it here)"
     emit_block(
         [
-            ("Path", result.get("path")),
-            ("Release", f"{result['name']}@{result['revision']}"),
-            ("Signed by", f"{result['publisher']}{verified}"),
-            ("Adopted", size_text(_whole(result["adopted"])) if "adopted" in result else None),
+            ("Path", result.text("path")),
+            ("Release", result.ref),
+            ("Signed by", result.text("publisher") + unverified),
+            ("Adopted", size_text(result.number("adopted")) if "adopted" in result.source else ""),
             ("Status", _status(result, seconds)),
-            ("Note", result.get("note")),
+            ("Note", result.text("note", "")),
         ]
     )
 
 
-def _status(result: Map, seconds: float) -> str:
-    peers, web = _whole(result.get("from_peers", 0)), _whole(result.get("from_web", 0))
-    got = peers + web
-    if result.get("state") in ("queued", "fetching", "paused"):
-        return f"{result['state']}, in the daemon"
+def _status(result: Row, seconds: float) -> str:
+    state = result.text("state")
+    if state in ("queued", "fetching", "paused"):
+        return f"{state}: the daemon goes on with it; see modelp2p status"
+    from_peers, from_web = result.number("from_peers"), result.number("from_web")
+    got = from_peers + from_web
     if got == 0:
-        return f"{result.get('state')}: up to date, {size_text(_whole(result.get('bytes', 0)))}"
-    source = f" ({size_text(web)} of it from the web)" if web else ""
-    return (
-        f"{result.get('state')}: {size_text(got)} from peers{source} in {seconds:.1f} s, {rate_text(got / max(seconds, 0.001))}"
-    )
+        return f"{state}: up to date, {size_text(result.number('bytes'))}"
+    web = f" and {size_text(from_web)} from the web" if from_web else ""
+    return f"{state}: {size_text(from_peers)} from peers{web} in {seconds:.1f} s, {rate_text(got / max(seconds, 0.001))}"
 
 
-def _show_plan(app: App, result: Map) -> None:
+def _show_plan(app: App, result: Row) -> None:
     if app.as_json:
-        emit_json(result)
+        emit_json(result.first("name", "revision", "info_hash", "publisher", "files", "bytes", "needed_bytes", "free_bytes"))
         return
-    files = [cast("Map", item) for item in cast("list[Value]", result["files"])]
+    files = result.rows("files")
     if app.quiet:
         for item in files:
-            if item["have"] != item["size"]:
-                out(printable(str(item["path"])))
+            if item.number("have") != item.number("size"):
+                out(printable(item.text("path")))
         return
-    rows = [(item["path"], size_text(_whole(item["size"])), size_text(_whole(item["have"]))) for item in files]
+    rows = [(item.text("path"), size_text(item.number("size")), size_text(item.number("have"))) for item in files]
     for line in table(("FILE", "SIZE", "HERE"), rows, right="SIZE HERE"):
         out(line)
     out()
     emit_block(
         [
-            ("Release", f"{result['name']}@{result['revision']}"),
-            ("Signed by", result["publisher"]),
-            ("Total", size_text(_whole(result["bytes"]))),
-            ("To fetch", size_text(_whole(result["needed_bytes"]))),
-            ("Free", size_text(_whole(result["free_bytes"]))),
-            ("Peers", result.get("peers")),
+            ("Release", result.ref),
+            ("Signed by", result.text("publisher")),
+            ("Total", size_text(result.number("bytes"))),
+            ("To fetch", size_text(result.number("needed_bytes"))),
+            ("Free", size_text(result.number("free_bytes"))),
+            ("Peers", result.source.get("peers")),
         ]
     )
     say(app, "Dry run: nothing was fetched.")
-
-
-def _whole(value: Value) -> int:
-    return value if isinstance(value, int) else 0

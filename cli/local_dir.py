@@ -9,17 +9,16 @@ Invariants:
 from __future__ import annotations
 
 import errno
-import fnmatch
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from modelp2p.protocol.errors import StoreError
 
 _COMPARE_BYTES = 1 << 20
 
 
-def place(tree: str, folder: str, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> int:
+def place(tree: str, folder: str, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()) -> int:
     """Put the files of the visible `tree` below `folder`; returns how many were new.
 
     Raises:
@@ -27,13 +26,14 @@ def place(tree: str, folder: str, include: Sequence[str] = (), exclude: Sequence
         NoSpaceError: they do not fit; what was already placed stays.
     """
     from modelp2p.daemon.linking import OWN_INODE_WAYS, place_copy
+    from modelp2p.protocol.fetching import wanted_paths
 
     os.makedirs(folder, exist_ok=True)
     source = os.open(os.path.realpath(tree), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         target = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            wanted = [path for path in _files_below(source) if is_selected(path, include, exclude)]
+            wanted = wanted_paths(dict.fromkeys(_files_below(source), 0), include, exclude)
             missing = [path for path in wanted if not _is_there(source, target, path)]
             for path in missing:
                 fd = _open(source, path)
@@ -47,15 +47,6 @@ def place(tree: str, folder: str, include: Sequence[str] = (), exclude: Sequence
             os.close(target)
     finally:
         os.close(source)
-
-
-def is_selected(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Whether globs choose `path`, as `hf download` reads them: `*` also crosses folders, a final `/` means all below."""
-
-    def matches(globs: Sequence[str]) -> bool:
-        return any(fnmatch.fnmatchcase(path, glob + "*" if glob.endswith("/") else glob) for glob in globs)
-
-    return (not include or matches(include)) and not matches(exclude)
 
 
 def _files_below(root: int) -> Iterator[str]:

@@ -21,13 +21,14 @@ from modelp2p.cli.output import emit_block, emit_json, out, say, table
 from modelp2p.cli.passphrase import ask, passphrase_from_file
 from modelp2p.cli.progress import progress_of
 from modelp2p.cli.refs import local_release_of, open_user_path, ref_args, typed_ref
+from modelp2p.cli.results import Row
 from modelp2p.cli.units import size_text
 from modelp2p.protocol.errors import FormatError, UsageError
 from modelp2p.protocol.names import BundleRef, ModelName, check_revision
 
 if TYPE_CHECKING:
     from modelp2p.cli.connection import Client
-    from modelp2p.protocol.codec import Map, Value
+    from modelp2p.protocol.codec import Map
     from modelp2p.protocol.manifest import Manifest
 
 _KEYS = ("link", "name", "revision", "info_hash", "manifest", "publisher", "files", "bytes", "seconds")
@@ -110,29 +111,31 @@ def publish(
             from modelp2p.cli.signing import existing_or_signed, read_prepared
 
             manifest, payload, existing = read_prepared(prepared, args)
-            _show_manifest(app, manifest, folder.name, prepared.result)
+            _show_manifest(app, manifest, folder.name, Row(prepared.result))
             envelope = existing_or_signed(manifest, payload, existing, private, chain, folder)
-            result = _commit(client, prepared.result, envelope, chain.documents, seed=not no_seed)
+            result = _commit(client, Row(prepared.result), envelope, chain.documents, seed=not no_seed)
             # A daemon that came for this command leaves with it: saying "seeding" would be a promise nobody keeps.
-            seeding = bool(result.get("seeding")) and client.started_pid is None
+            seeding = result.flag("seeding") and client.started_pid is None
     finally:
         os.close(source)
-    _show_result(app, {**result, "seeding": seeding}, time.monotonic() - started)
+    result.source["seeding"] = seeding
+    _show_result(app, result, time.monotonic() - started)
 
 
-def _commit(client: Client, prepared: Map, envelope: bytes, documents: Sequence[bytes], *, seed: bool) -> Map:
+def _commit(client: Client, prepared: Row, envelope: bytes, documents: Sequence[bytes], *, seed: bool) -> Row:
     from modelp2p.cli.signing import sealed_memory
     from modelp2p.protocol.publisher import encode_chain
 
     fds = [sealed_memory("envelope", envelope), sealed_memory("publisher", encode_chain(documents))]
     try:
-        return client.call("publish_commit", {"token": prepared["token"], "seed": seed}, fds).result
+        args: Map = {"token": prepared.source["token"], "seed": seed}
+        return Row(client.call("publish_commit", args, fds).result)
     finally:
         for fd in fds:
             os.close(fd)
 
 
-def _show_manifest(app: App, manifest: Manifest, key: str, prepared: Map) -> None:
+def _show_manifest(app: App, manifest: Manifest, key: str, prepared: Row) -> None:
     if app.quiet:
         return
     rows = [(entry.path, size_text(entry.size), entry.kind.value) for entry in manifest.files[:_MOST_ROWS]]
@@ -140,33 +143,33 @@ def _show_manifest(app: App, manifest: Manifest, key: str, prepared: Map) -> Non
         say(app, line)
     if len(manifest.files) > _MOST_ROWS:
         say(app, f"... and {len(manifest.files) - _MOST_ROWS} more")
-    for path in cast("list[Value]", prepared.get("skipped", [])):
+    for path in prepared.texts("skipped"):
         say(app, f"skipped: {path}")
     words = {"reflink": "without copying (shared blocks)", "link": "without copying (hard links)", "copy": "as copies"}
-    mode = str(prepared.get("mode", ""))
+    mode = prepared.text("mode", "")
     say(app, f"{len(manifest.files)} files, {size_text(manifest.total_bytes)}, stored {words.get(mode, mode)}")
     say(app, f"Signing {manifest.name}@{manifest.revision} with key '{key}'")
 
 
-def _show_result(app: App, result: Map, seconds: float) -> None:
+def _show_result(app: App, result: Row, seconds: float) -> None:
     if app.as_json:
-        body: dict[str, object] = {key: result.get(key) for key in _KEYS} | {"seconds": round(seconds, 3)}
-        emit_json(body | {key: value for key, value in result.items() if key not in body})
+        result.source.pop("milliseconds", None)
+        emit_json(result.first(*_KEYS) | {"seconds": round(seconds, 3)})
         return
     if app.quiet:
-        out(str(result["link"]))
+        out(result.text("link"))
         return
     emit_block(
         [
-            ("Link", result["link"]),
-            ("Release", f"{result['name']}@{result['revision']}"),
-            ("Publisher", result["publisher"]),
-            ("Size", f"{result['files']} files, {size_text(cast('int', result['bytes']))}"),
-            ("Seeding", "yes" if result["seeding"] else "no"),
+            ("Link", result.text("link")),
+            ("Release", result.ref),
+            ("Publisher", result.text("publisher")),
+            ("Size", f"{result.number('files')} files, {size_text(result.number('bytes'))}"),
+            ("Seeding", "yes" if result.flag("seeding") else "no"),
         ]
     )
-    if not result["seeding"]:
-        say(app, f"Nothing is seeding it yet. Run: modelp2p seed {result['name']}")
+    if not result.flag("seeding"):
+        say(app, f"Nothing is seeding it yet. Run: modelp2p seed {result.text('name')}")
 
 
 def _name_of(text: str) -> ModelName:

@@ -58,7 +58,8 @@ class Row:
 
     def first(self, *keys: str) -> dict[str, object]:
         """All fields, those of the contract first; a missing one of them is null."""
-        return {key: self.source.get(key) for key in keys} | {k: v for k, v in self.source.items() if k not in keys}
+        rest: dict[str, object] = {key: value for key, value in self.source.items() if key not in keys}
+        return {key: self.source.get(key) for key in keys} | rest
 
     @property
     def ref(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -52,7 +51,7 @@ def seed(app: App, refs: Sequence[str]) -> int:
                 args["max_up"] = max_up
             _show(app, Row(client.call("seed", cast("Map", args)).result))
             return 0
-    return _run(app, tuple(texts))
+    return _run(app, tuple(texts) or None)
 
 
 def _show(app: App, result: Row) -> None:
@@ -70,8 +69,8 @@ def _run(app: App, seed_refs: tuple[str, ...] | None) -> int:
 
     given = Surroundings(
         # A service gets its own runtime folder from systemd; a user has one from the login session.
-        runtime_dir=os.environ.get("RUNTIME_DIRECTORY") or os.environ.get("XDG_RUNTIME_DIR"),
-        notify_socket=os.environ.get("NOTIFY_SOCKET"),
+        runtime_dir=app.environ.get("RUNTIME_DIRECTORY") or app.environ.get("XDG_RUNTIME_DIR"),
+        notify_socket=app.environ.get("NOTIFY_SOCKET"),
         seed_refs=seed_refs,
     )
     return run_daemon(app.home, config, given)

@@ -73,6 +73,7 @@ def _lines(result: Row, *, quiet: bool) -> list[str]:
         f"profile {node.text('profile')}",
         f"up {duration_text(node.number('uptime_s'))}",
     ]
+    facts.append(f"engine confined (Landlock {level})" if (level := node.number("landlock")) else "engine not confined")
     if node.flag("on_demand"):
         facts.append("on demand")
     lines = [printable(", ".join(facts))]

@@ -5,8 +5,7 @@ Invariants:
 - it is deterministic: pieces go by priority then number, from the peer with the lowest address, one at a time;
 - it does only what it is told: faults are switched on by the test, each once.
 
-It knows no rates (limits are only remembered) and no hashes: a piece is bad where the test said so. libtorrent's view of a
-layout is imitated by the few lines of bencode reading below, which see only torrents that tests have made.
+It knows no rates (limits are only remembered) and no hashes: a piece is bad where the test said so.
 """
 
 from __future__ import annotations
@@ -15,12 +14,10 @@ import errno
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import cast
 
 import trio
 
+from modelp2p.daemon.memory_torrent import MemoryTorrent, compare_layout, disk_path_of, info_of, read_piece, share_of, write_piece
 from modelp2p.daemon.swarm import MAX_WAITING_EVENTS, SwarmStatistics
 from modelp2p.protocol.engine_wire import (
     AddFailed,
@@ -45,7 +42,7 @@ from modelp2p.protocol.engine_wire import (
     unpack_bits,
 )
 from modelp2p.protocol.errors import FormatError, UnavailableError
-from modelp2p.protocol.torrent import PieceMap, info_hash
+from modelp2p.protocol.torrent import PieceMap
 
 BACKOFF_S = 1.0
 STATUS_EVERY_S = 1.0
@@ -73,36 +70,6 @@ class MemoryNetwork:
             node.wake()
 
 
-@dataclass(slots=True)
-class _Torrent:
-    """One torrent on one node; `spec` is None until a magnet is allowed to download."""
-
-    peers: set[tuple[str, int]]
-    spec: TorrentSpec | None = None
-    magnet: MagnetSpec | None = None
-    metadata_sent: bool = False
-    pieces: PieceMap = field(default_factory=lambda: PieceMap((), 16_384))
-    have: set[int] = field(default_factory=set)
-    wanted: set[str] = field(default_factory=set)
-    priorities: dict[int, int] = field(default_factory=dict)
-    banned: set[tuple[str, int]] = field(default_factory=set)
-    held: bool = False
-    broken: bool = False
-    finished: bool = False
-    down: int = 0
-    up: int = 0
-    wasted: int = 0
-    changed: bool = True
-
-    def missing(self) -> Iterator[int]:
-        """Wanted pieces, most urgent first."""
-        pieces = [piece for path in self.wanted for piece in self.pieces.pieces_of(path) if piece not in self.have]
-        return iter(sorted((piece for piece in pieces if self.rank(piece)), key=lambda piece: (-self.rank(piece), piece)))
-
-    def rank(self, piece: int) -> int:
-        return self.priorities.get(piece, 4)
-
-
 class MemorySwarm:
     """A `Swarm` made of memory; see `MemoryNetwork.join`. What is below `aclose` is for tests to say."""
 
@@ -112,7 +79,7 @@ class MemorySwarm:
         self._network = network
         self._refused = refused
         self._tell, self._events = trio.open_memory_channel[Event](MAX_WAITING_EVENTS)
-        self._torrents: dict[bytes, _Torrent] = {}
+        self._torrents: dict[bytes, MemoryTorrent] = {}
         self._pending: list[Event] = []
         self._activity = trio.Event()
         self._running: trio.CancelScope | None = None
@@ -155,7 +122,7 @@ class MemorySwarm:
         if not self._accepts() or spec.info_hash in self._torrents:
             return
         try:
-            torrent = _Torrent(self._endpoints(spec.info_hash, spec.peers))
+            torrent = MemoryTorrent(self._endpoints(spec.info_hash, spec.peers))
             self._begin(torrent, spec)
         except FormatError as error:
             self._say(AddFailed(spec.info_hash, error.message))
@@ -165,7 +132,7 @@ class MemorySwarm:
 
     async def add_magnet(self, spec: MagnetSpec) -> None:
         if self._accepts() and spec.info_hash not in self._torrents:
-            self._torrents[spec.info_hash] = _Torrent(self._endpoints(spec.info_hash, spec.peers), magnet=spec)
+            self._torrents[spec.info_hash] = MemoryTorrent(self._endpoints(spec.info_hash, spec.peers), magnet=spec)
             self._network.wake_all()
 
     async def start_download(self, info_hash: bytes) -> None:
@@ -192,6 +159,7 @@ class MemorySwarm:
     async def set_wanted(self, info_hash: bytes, paths: Iterable[str]) -> None:
         if (torrent := self._torrents.get(info_hash)) is not None:
             torrent.wanted, torrent.priorities = set(paths) & set(torrent.pieces.paths), {}
+            torrent.make_empty_files()
             torrent.finished = False
             self.wake()
 
@@ -267,16 +235,13 @@ class MemorySwarm:
         self._pending.append(event)
         self.wake()
 
-    def _begin(self, torrent: _Torrent, spec: TorrentSpec) -> None:
-        _compare_layout(spec)
+    def _begin(self, torrent: MemoryTorrent, spec: TorrentSpec) -> None:
+        compare_layout(spec)
         torrent.pieces = PieceMap(spec.files, spec.piece_length)
         torrent.have = {piece for piece, has in enumerate(unpack_bits(spec.have, torrent.pieces.total)) if has}
         torrent.wanted = {file.path for file in spec.files if file.wanted}
-        for file in spec.files:
-            if file.wanted and not file.size:
-                Path(file.disk_path).parent.mkdir(parents=True, exist_ok=True)
-                Path(file.disk_path).touch()
         torrent.spec = spec
+        torrent.make_empty_files()
 
     def _endpoints(self, info_hash: bytes, peers: tuple[Peer, ...]) -> set[tuple[str, int]]:
         for peer in peers:
@@ -285,7 +250,7 @@ class MemorySwarm:
                 self._say(PeerUnresolved(info_hash, peer.host, "name not known"))
         return {(peer.host, peer.port) for peer in peers}
 
-    def _sources(self, info_hash: bytes, torrent: _Torrent) -> Iterator[tuple[MemorySwarm, _Torrent]]:
+    def _sources(self, info_hash: bytes, torrent: MemoryTorrent) -> Iterator[tuple[MemorySwarm, MemoryTorrent]]:
         for address, node in sorted(self._network.nodes.items()):
             other = node._torrents.get(info_hash)
             if other is None or node is self or address in torrent.banned or self.address in other.banned:
@@ -315,7 +280,7 @@ class MemorySwarm:
         await self._tell.send(EngineRestarted())
         await self._tell.send(self._start())
 
-    def _advance(self, info_hash: bytes, torrent: _Torrent) -> bool:
+    def _advance(self, info_hash: bytes, torrent: MemoryTorrent) -> bool:
         """At most one step of one torrent; whether there was one."""
         if torrent.spec is None:
             return self._ask_metadata(info_hash, torrent)
@@ -333,18 +298,18 @@ class MemorySwarm:
                     return True
         return False
 
-    def _ask_metadata(self, info_hash: bytes, torrent: _Torrent) -> bool:
+    def _ask_metadata(self, info_hash: bytes, torrent: MemoryTorrent) -> bool:
         for _, other in self._sources(info_hash, torrent):
             if other.spec is not None and torrent.magnet is not None and not torrent.metadata_sent:
                 torrent.metadata_sent = True
                 base = torrent.magnet.save_path
                 files = tuple(TorrentFile(file.path, file.size, f"{base}/{file.path}", wanted=False) for file in other.spec.files)
-                self._say(MetadataReceived(info_hash, _info_of(other.spec.torrent), files))
+                self._say(MetadataReceived(info_hash, info_of(other.spec.torrent), files))
         return False
 
-    def _transfer(self, info_hash: bytes, torrent: _Torrent, piece: int, node: MemorySwarm, other: _Torrent) -> None:
+    def _transfer(self, info_hash: bytes, torrent: MemoryTorrent, piece: int, node: MemorySwarm, other: MemoryTorrent) -> None:
         path, offset, length = torrent.pieces.locate(piece)
-        data = _read(_disk_path(other, path), offset, length)
+        data = read_piece(disk_path_of(other, path), offset, length)
         torrent.changed = other.changed = True
         if self._happens(node, "poison", info_hash, piece) or len(data) != length:
             torrent.wasted += length
@@ -359,7 +324,7 @@ class MemorySwarm:
         if self._happens(self, "corrupt", info_hash, piece):
             data = bytes(byte ^ 0xFF for byte in data)
         if not self._happens(self, "lose", info_hash, piece):
-            _write(_disk_path(torrent, path), offset, data)
+            write_piece(disk_path_of(torrent, path), offset, data)
         torrent.have.add(piece)
         torrent.down += length
         other.up += length
@@ -382,76 +347,10 @@ class MemorySwarm:
                     torrent.changed = False
                     await self._tell.send(self._status(info_hash, torrent))
 
-    def _status(self, info_hash: bytes, torrent: _Torrent) -> TorrentStatus:
+    def _status(self, info_hash: bytes, torrent: MemoryTorrent) -> TorrentStatus:
         sources = [(node, other) for node, other in self._sources(info_hash, torrent)]
         listed = tuple(
-            PeerStatus(f"{node.address[0]}:{node.address[1]}", "memory", 0, 0, _share(other), "peer") for node, other in sources
+            PeerStatus(f"{node.address[0]}:{node.address[1]}", "memory", 0, 0, share_of(other), "peer") for node, other in sources
         )
-        seeds = sum(_share(other) == 1000 for _, other in sources)
+        seeds = sum(share_of(other) == 1000 for _, other in sources)
         return TorrentStatus(info_hash, 0, 0, len(sources), seeds, torrent.down, torrent.up, 0, torrent.wasted, listed)
-
-
-def _share(torrent: _Torrent) -> int:
-    return 1000 * len(torrent.have) // max(1, torrent.pieces.total)
-
-
-def _disk_path(torrent: _Torrent, path: str) -> str:
-    assert torrent.spec is not None
-    return next(file.disk_path for file in torrent.spec.files if file.path == path)
-
-
-def _read(disk_path: str, offset: int, length: int) -> bytes:
-    with open(disk_path, "rb") as file:
-        file.seek(offset)
-        return file.read(length)
-
-
-def _write(disk_path: str, offset: int, data: bytes) -> None:
-    Path(disk_path).parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(disk_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        os.pwrite(descriptor, data, offset)
-    finally:
-        os.close(descriptor)
-
-
-def _compare_layout(spec: TorrentSpec) -> None:
-    info = _info_of(spec.torrent)
-    if info_hash(info) != spec.info_hash:
-        raise FormatError("the torrent has another info-hash than its spec")
-    described = cast("dict[bytes, object]", _bdecode(info, 0)[0])
-    if described[b"piece length"] != spec.piece_length:
-        raise FormatError("the torrent has another piece length than its spec")
-    listed = dict(_walk(cast("dict[bytes, object]", described[b"file tree"]), ""))
-    if listed != {file.path: file.size for file in spec.files}:
-        raise FormatError("the torrent lists other files than its spec")
-
-
-def _info_of(torrent: bytes) -> bytes:
-    start = len(b"d4:info")
-    return torrent[start : _bdecode(torrent, start)[1]]
-
-
-def _walk(tree: dict[bytes, object], prefix: str) -> Iterator[tuple[str, int]]:
-    for name, node in cast("dict[bytes, dict[bytes, object]]", tree).items():
-        if b"" in node:
-            yield prefix + name.decode(), cast("dict[bytes, int]", node[b""])[b"length"]
-        else:
-            yield from _walk(node, f"{prefix}{name.decode()}/")
-
-
-def _bdecode(data: bytes, at: int) -> tuple[object, int]:
-    """The value at `at` and where it ends; only integers, strings and dicts, as a torrent of ours has."""
-    if data[at : at + 1] == b"i":
-        end = data.index(b"e", at)
-        return int(data[at + 1 : end]), end + 1
-    if data[at : at + 1] == b"d":
-        found: dict[bytes, object] = {}
-        at += 1
-        while data[at : at + 1] != b"e":
-            key, at = _bdecode(data, at)
-            found[cast("bytes", key)], at = _bdecode(data, at)
-        return found, at + 1
-    colon = data.index(b":", at)
-    end = colon + 1 + int(data[at:colon])
-    return data[colon + 1 : end], end

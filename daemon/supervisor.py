@@ -12,13 +12,13 @@ The engine is told nothing but the two folders it may see and what to share; nam
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from errno import EACCES, EADDRINUSE
 from ipaddress import ip_address
@@ -41,8 +41,8 @@ from modelp2p.protocol.engine_wire import (
     Event,
     Flush,
     Hello,
-    Listening,
     ListenFailed,
+    Listening,
     MagnetSpec,
     Message,
     Peer,
@@ -58,7 +58,7 @@ from modelp2p.protocol.engine_wire import (
     decode_message,
     encode_message,
 )
-from modelp2p.protocol.errors import DaemonError, FormatError, UnavailableError
+from modelp2p.protocol.errors import FormatError, UnavailableError
 from modelp2p.protocol.framing import FrameDecoder
 
 FIRST_BACKOFF_S = 1.0
@@ -86,7 +86,7 @@ class EngineSwarm:
         self._folders = folders
         self._first_backoff_s = first_backoff_s
         self._tell, self._events = trio.open_memory_channel[Event](MAX_WAITING_EVENTS)
-        self._commands, self._queued = trio.open_memory_channel[Command](MAX_WAITING_COMMANDS)
+        self._commands, self._queued = trio.open_memory_channel[bytes](MAX_WAITING_COMMANDS)
         self._lookups, self._to_resolve = trio.open_memory_channel[Connect](MAX_WAITING_COMMANDS)
         self._wanted = trio.Event()
         self._settled = trio.Event()
@@ -94,6 +94,8 @@ class EngineSwarm:
         self._running: trio.CancelScope | None = None
         self._listening: Listening | None = None
         self._refused: list[ListenFailed] = []
+        self._stream: trio.SocketStream | None = None
+        """Where commands go; None before the first engine and between two."""
         self._process: subprocess.Popen[bytes] | None = None
         self._restarts = 0
 
@@ -110,6 +112,7 @@ class EngineSwarm:
             with trio.CancelScope() as self._running:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._resolve_all)
+                    nursery.start_soon(self._forward_commands)
                     task_status.started()
                     await self._wanted.wait()
                     await self._keep_running()
@@ -187,10 +190,9 @@ class EngineSwarm:
             await self._finished.wait()
 
     async def _send(self, command: Command) -> None:
-        if len(encode_message(command)) > MAX_FRAME_BYTES:
-            raise FormatError("the torrent is too large for one engine message")
+        frame = encode_message(command)
         self._wanted.set()
-        await self._commands.send(command)
+        await self._commands.send(frame)
 
     async def _keep_running(self) -> None:
         backoff_s = self._first_backoff_s
@@ -201,14 +203,18 @@ class EngineSwarm:
             if trio.current_time() - began >= STABLE_AFTER_S:
                 backoff_s = self._first_backoff_s
             await self._tell.send(EngineDied(reason))
-            await self._drop_commands_for(backoff_s)
+            await trio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
             self._restarts += 1
 
-    async def _drop_commands_for(self, seconds: float) -> None:
-        with trio.move_on_after(seconds):
-            while True:
-                await self._queued.receive()
+    async def _forward_commands(self) -> None:
+        # Apart from everything else, and always reading: the reader of events may be the one who waits to send a command.
+        await self._settled.wait()
+        async for frame in self._queued:
+            if self._stream is not None:
+                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    # A broken stream is seen, and told, where it is read.
+                    await self._stream.send_all(frame)
 
     async def _run_engine(self) -> str:
         """One engine from start to end; returns why it ended."""
@@ -223,6 +229,7 @@ class EngineSwarm:
         except FormatError as error:
             outcome = f"the engine sent nonsense: {error.message}"
         finally:
+            self._stream = None
             with trio.CancelScope(shield=True):
                 await stream.aclose()
                 code = await _wait_exit(process)
@@ -244,15 +251,13 @@ class EngineSwarm:
                 return "the engine did not come up"
             await self._hear(message)
         self._listening = message
+        self._stream = stream
         self._settled.set()
         if self._restarts:
             await self._tell.send(EngineRestarted())
         await self._hear(message)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._forward_commands, stream, nursery.cancel_scope)
-            while (message := await receiver.next_message()) is not None:
-                await self._hear(message)
-            nursery.cancel_scope.cancel()
+        while (later := await receiver.next_message()) is not None:
+            await self._hear(later)
         return ""
 
     async def _hear(self, message: Message) -> None:
@@ -261,13 +266,6 @@ class EngineSwarm:
         if isinstance(message, Hello | Command):
             raise FormatError("the engine sent a command")
         await self._tell.send(message)
-
-    async def _forward_commands(self, stream: trio.SocketStream, engine: trio.CancelScope) -> None:
-        try:
-            while True:
-                await stream.send_all(encode_message(await self._queued.receive()))
-        except trio.BrokenResourceError:
-            engine.cancel()
 
     async def _look_up(self, info_hash: bytes, named: tuple[Peer, ...]) -> None:
         if named:

@@ -7,6 +7,7 @@ Resources: while `run` runs, one descriptor per file it reads back, and the torr
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -170,6 +171,9 @@ class Transfer:
         return self._machine.proven_bytes < self._machine.wanted_bytes
 
     async def _next_event(self) -> fetching.Event:
+        # What already happened comes before the clock: a deadline that has passed must not starve the queue.
+        with contextlib.suppress(trio.WouldBlock):
+            return self._receive.receive_nowait()
         deadline = self._machine.next_deadline()
         with trio.move_on_at(trio.current_time() + 3600 if deadline is None else deadline):
             return await self._receive.receive()

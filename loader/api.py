@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from modelp2p.loader.copier import copier_for
 from modelp2p.loader.home import default_home
 from modelp2p.loader.locate import locate
 from modelp2p.loader.release import OpenRelease, Progress
 from modelp2p.protocol.safetensors import DEFAULT_MAX_HEADER_BYTES
+
+if TYPE_CHECKING:
+    import torch
 
 
 def open_release(

@@ -75,7 +75,7 @@ class CudaCopier:
         if not torch.cuda.is_available():
             hint = "Use device='cpu', or install a torch with CUDA and check the driver with nvidia-smi."
             raise UsageError("this torch finds no CUDA device", hint=hint)
-        index = torch.cuda.current_device() if device.index is None else device.index
+        index = torch.cuda.current_device() if str(device) == "cuda" else device.index
         if index >= torch.cuda.device_count():
             raise UsageError(f"there is no CUDA device {index}; this process sees {torch.cuda.device_count()}")
         self.device = torch.device("cuda", index)
@@ -90,7 +90,7 @@ class CudaCopier:
         target.copy_(source, non_blocking=True)
 
     def fence(self) -> Fence:
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch gives its class no types
         event.record(torch.cuda.current_stream(self.device))
         return _CudaFence(event)
 

@@ -12,14 +12,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
-from modelp2p.loader.copier import Copier, Fence
 from modelp2p.loader.hashing import Workers, pieces_per_run
-from modelp2p.loader.parts import Part
 from modelp2p.loader.pieces import runs_of
-from modelp2p.loader.shard import Shard
+
+if TYPE_CHECKING:
+    from modelp2p.loader.copier import Copier, Fence
+    from modelp2p.loader.parts import Part
+    from modelp2p.loader.shard import Shard
 
 WINDOW_BYTES = 32 << 20
 

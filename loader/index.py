@@ -7,7 +7,7 @@ refused: "every shard named must be a basename in the manifest". Indexes of othe
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Container
 
 from modelp2p.protocol.errors import FormatError
 
@@ -16,7 +16,7 @@ MAX_INDEX_BYTES = 64 << 20
 """200,000 tensors with names of 250 bytes."""
 
 
-def check_index(path: str, data: bytes, files: Collection[str]) -> None:
+def check_index(path: str, data: bytes, files: Container[str]) -> None:
     """Return if the index at `path` names only files of the release that lie in its own folder.
 
     Raises:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from modelp2p.loader import home as homes
 from modelp2p.loader.home import Tree
@@ -26,9 +27,11 @@ from modelp2p.protocol.errors import FormatError, NotFoundError, UnknownPublishe
 from modelp2p.protocol.links import Link, parse_link
 from modelp2p.protocol.names import BundleRef, LinkRef, ModelName, NameRef, PublisherId, check_publisher_id, parse_ref
 from modelp2p.protocol.publisher import decode_chain
-from modelp2p.protocol.record import ReleaseRecord
 from modelp2p.protocol.statement import MAX_BUNDLE_BYTES, Release, Statement, decode_bundle, verify_statement
 from modelp2p.protocol.trust import TrustBook, admit
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.record import ReleaseRecord
 
 BUNDLE_SUFFIX = ".modelp2p"
 
@@ -161,10 +164,13 @@ def _by_bundle(path: str, believer: Believer) -> Located:
 
 def _by_tree(tree: Tree, believer: Believer, name: ModelName | None) -> Located:
     record = homes.record_of(tree, believer.home)
-    found = _verified(homes.statements_of(tree.home, record.statements if record else None), tree, believer, name)
+    refused: list[UntrustedError] = []
+    found = _believed(homes.statements_of(tree.home, record.statements if record else None), tree, believer, name, refused)
     if not found and record is not None:
-        # The record may be older than the newest statement.
-        found = _verified(homes.statements_of(tree.home, None), tree, believer, name)
+        # The record names the statements of its time; one that is believed may have come later.
+        found = _believed(homes.statements_of(tree.home, None), tree, believer, name, refused)
+    if not found and refused:
+        raise refused[0]
     if not found:
         ref = f"{name}@{tree.revision}" if name else tree.path
         raise NotFoundError(f"no signed statement about {ref} is here", hint=f"Fetch it again: modelp2p fetch {name or 'REF'}")
@@ -172,16 +178,15 @@ def _by_tree(tree: Tree, believer: Believer, name: ModelName | None) -> Located:
     return Located(release, tree.path, record, is_named)
 
 
-def _verified(
-    statements: Iterable[Statement], tree: Tree, believer: Believer, name: ModelName | None
+def _believed(
+    statements: Iterable[Statement],
+    tree: Tree,
+    believer: Believer,
+    name: ModelName | None,
+    refused: list[UntrustedError],
 ) -> list[tuple[Release, bool]]:
-    """The believed ones about this tree.
-
-    Raises:
-        UntrustedError: there are statements, and none of them holds; the first reason.
-    """
+    """The statements about this tree that hold and are believed; why others are not is added to `refused`."""
     found: list[tuple[Release, bool]] = []
-    refused: list[UntrustedError] = []
     for statement in statements:
         try:
             release = believer.proven(statement)
@@ -191,8 +196,6 @@ def _verified(
                 found.append((release, believer.believes(release)))
         except UntrustedError as exc:
             refused.append(exc)
-    if not found and refused:
-        raise refused[0]
     return found
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from modelp2p.protocol.errors import UsageError
-from modelp2p.protocol.safetensors import Header, TensorInfo
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.safetensors import Header, TensorInfo
 
 # By name: a torch without one of them must still import, and say so only when a file needs it.
 TORCH_NAMES = {

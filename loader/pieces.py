@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from modelp2p.protocol.errors import IntegrityError
-from modelp2p.protocol.manifest import FileEntry
 from modelp2p.protocol.merkle import HASH_BYTES, piece_hash, pieces_in
 from modelp2p.protocol.ranges import Ranges
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.manifest import FileEntry
 
 
 @dataclass(frozen=True, slots=True)

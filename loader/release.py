@@ -15,15 +15,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import torch
-
-from modelp2p.loader.copier import Copier
 from modelp2p.loader.copying import Staging, copy_parts
 from modelp2p.loader.hashing import Workers
 from modelp2p.loader.index import MAX_INDEX_BYTES, SUFFIX, check_index
-from modelp2p.loader.locate import Located
 from modelp2p.loader.parts import Part, part_of
 from modelp2p.loader.pieces import PieceTable
 from modelp2p.loader.shard import Shard, Way, open_shard, standing_of, way_of
@@ -31,8 +27,14 @@ from modelp2p.loader.source import SourceFile
 from modelp2p.loader.stats import LoadStats
 from modelp2p.loader.views import view_parts
 from modelp2p.protocol.errors import FormatError, NotFoundError, UsageError
-from modelp2p.protocol.manifest import FileEntry
 from modelp2p.protocol.safetensors import DEFAULT_MAX_HEADER_BYTES
+
+if TYPE_CHECKING:
+    import torch
+
+    from modelp2p.loader.copier import Copier
+    from modelp2p.loader.locate import Located
+    from modelp2p.protocol.manifest import FileEntry
 
 VERIFY = ("auto", "cpu", "record", "off")
 MAPPING = ("auto", "mmap", "pread")
@@ -278,7 +280,7 @@ class OpenRelease:
             for piece in range(table.count if self._verify != "off" else 0):
                 begin, end = table.span(range(piece, piece + 1))
                 table.check(piece, data[begin:end])
-            check_index(entry.path, bytes(data), self.release.manifest)
+            check_index(entry.path, bytes(data), {other.path for other in self.release.manifest.files})
 
     def _table(self, entry: FileEntry) -> PieceTable:
         return PieceTable.of(entry, self.release.manifest.piece_length, self.release.layers.of(entry), self._hint)

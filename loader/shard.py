@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from modelp2p.loader.pieces import PieceTable
-from modelp2p.loader.source import SourceFile
 from modelp2p.protocol.errors import StoreError
 from modelp2p.protocol.ranges import Ranges
-from modelp2p.protocol.record import FileRecord
 from modelp2p.protocol.safetensors import Header, header_bytes, parse_header
+
+if TYPE_CHECKING:
+    from modelp2p.loader.pieces import PieceTable
+    from modelp2p.loader.source import SourceFile
+    from modelp2p.protocol.record import FileRecord
 
 HEADER_GUESS_BYTES = 64 << 10
 """First read of a header that needs no hashing; nearly all headers fit."""
@@ -100,7 +103,7 @@ def open_shard(source: SourceFile, table: PieceTable, decide: Callable[[SourceFi
     data = _header_data(source, table, way.is_hashed, max_header_bytes)
     if not way.is_hashed:
         source.check_unchanged()
-    return Shard(source, table, way, parse_header(data, table.size, max_header_bytes), len(data))
+    return Shard(source, table, way, parse_header(memoryview(data), table.size, max_header_bytes), len(data))
 
 
 def _header_data(source: SourceFile, table: PieceTable, is_hashed: bool, max_header_bytes: int) -> bytearray:

@@ -15,9 +15,12 @@ import mmap
 import os
 import stat
 import sys
+from typing import TYPE_CHECKING
 
 from modelp2p.protocol.errors import DeniedError, IntegrityError, NotFoundError, StoreError
-from modelp2p.protocol.manifest import FileEntry
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.manifest import FileEntry
 
 
 class SourceFile:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from modelp2p.loader.hashing import Workers, pieces_per_run
-from modelp2p.loader.parts import Part
 from modelp2p.loader.pieces import runs_of
-from modelp2p.loader.shard import Shard
+
+if TYPE_CHECKING:
+    from modelp2p.loader.parts import Part
+    from modelp2p.loader.shard import Shard
 
 
 def view_parts(

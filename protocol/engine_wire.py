@@ -11,28 +11,26 @@ Invariants:
 - no message carries a key, a signature or a path chosen by the network.
 
 A *piece* is a global piece index in the order of the info dict, as `torrent.PieceMap` counts; rates are bytes per second
-with 0 for unlimited; a bitmap has one bit a piece, the first piece in the highest bit of the first byte (BEP 3 "bitfield").
+with 0 for unlimited; a bitmap (see `bitmap`) has one bit a piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from functools import cache
-from types import UnionType
-from typing import TypeAlias, Union, cast, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import TypeAlias, cast, get_args
 
 from modelp2p.protocol import codec
-from modelp2p.protocol.codec import Map, Value
+from modelp2p.protocol.bitmap import pack_bits as pack_bits
+from modelp2p.protocol.bitmap import unpack_bits as unpack_bits
 from modelp2p.protocol.errors import DaemonError, FormatError
 from modelp2p.protocol.framing import encode_frame
 from modelp2p.protocol.merkle import HASH_BYTES
+from modelp2p.protocol.shapes import from_value, to_value
 
 MAX_FRAME_BYTES = 16 << 20
 """Holds a torrent with the layers of about 400,000 pieces (6 TiB at 16 MiB)."""
 V_MIN = 1
 V_MAX = 1
-_MAX_INT = 2**63 - 1
 
 
 class _Checked:
@@ -380,7 +378,7 @@ def encode_message(message: Message) -> bytes:
     Raises:
         FormatError: larger than a frame may be.
     """
-    return encode_frame(codec.pack({type(message).__name__: _to_value(message)}), MAX_FRAME_BYTES)
+    return encode_frame(codec.pack({type(message).__name__: to_value(message)}), MAX_FRAME_BYTES)
 
 
 def decode_message(frame: bytes) -> Message:
@@ -395,7 +393,7 @@ def decode_message(frame: bytes) -> Message:
     ((name, body),) = source.items()
     if name not in _MESSAGES:
         raise FormatError(f"unknown engine message '{name}'")
-    return cast("Message", _from_value(body, _MESSAGES[name], name))
+    return cast("Message", from_value(body, _MESSAGES[name], name))
 
 
 def check_hello(message: Message) -> Hello:
@@ -413,59 +411,3 @@ def check_hello(message: Message) -> Hello:
             hint="modelp2p was updated while it ran: restart the daemon.",
         )
     return message
-
-
-def pack_bits(bits: Sequence[bool]) -> bytes:
-    """The bitmap of one bit a piece; spare bits at the end are zero."""
-    padded = "".join("1" if bit else "0" for bit in bits) + "0" * (-len(bits) % 8)
-    return int(padded or "0", 2).to_bytes(len(padded) // 8, "big")
-
-
-def unpack_bits(bitmap: bytes, count: int) -> list[bool]:
-    """The first `count` bits of `bitmap`.
-
-    Raises:
-        FormatError: the bitmap is not exactly as long as `count` bits need.
-    """
-    if len(bitmap) != -(-count // 8):
-        raise FormatError(f"a bitmap of {len(bitmap)} bytes for {count} pieces")
-    return [bit == "1" for bit in f"{int.from_bytes(bitmap, 'big'):0{len(bitmap) * 8}b}"[:count]] if count else []
-
-
-@cache
-def _hints(kind: type) -> dict[str, object]:
-    return get_type_hints(kind)
-
-
-def _to_value(item: object) -> Value:
-    if isinstance(item, bool | int | str | bytes) or item is None:
-        return item
-    if isinstance(item, tuple):
-        return [_to_value(part) for part in item]
-    return {spot.name: _to_value(getattr(item, spot.name)) for spot in fields(item)}  # type: ignore[arg-type]  # a message
-
-
-def _from_value(value: Value, kind: object, where: str) -> object:
-    """`value` as `kind`: a message dataclass, a scalar, `tuple[X, ...]` or `X | None`."""
-    origin = get_origin(kind)
-    if origin in (Union, UnionType):
-        wanted = next(part for part in get_args(kind) if part is not type(None))
-        return None if value is None else _from_value(value, wanted, where)
-    if origin is tuple and type(value) is list:
-        item = get_args(kind)[0]
-        return tuple(_from_value(part, item, where) for part in value)
-    if kind in (bool, str, bytes) and type(value) is kind:
-        return value
-    if kind is int and type(value) is int and 0 <= value <= _MAX_INT:
-        return value
-    if isinstance(kind, type) and kind not in (bool, str, bytes, int) and isinstance(value, dict):
-        return _dataclass(value, kind, where)
-    raise FormatError(f"{where}: {type(value).__name__} where {getattr(kind, '__name__', kind)} is wanted")
-
-
-def _dataclass(value: Map, kind: type, where: str) -> object:
-    hints = _hints(kind)
-    if value.keys() != hints.keys():
-        wrong = ", ".join(sorted(value.keys() ^ hints.keys()))
-        raise FormatError(f"{where}: missing or unknown: {wrong}")
-    return kind(**{name: _from_value(value[name], hint, f"{where}.{name}") for name, hint in hints.items()})

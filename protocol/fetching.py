@@ -244,10 +244,12 @@ class FetchMachine:
 
     def next_deadline(self) -> float | None:
         """When to send `Tick` if nothing else happens."""
-        times = [c.look_at for c in self._candidates.values() if not c.is_looking]
+        looking = sum(c.is_looking for c in self._candidates.values())
+        # With every proof slot taken only `Proved` can free one; a deadline in the past would spin.
+        times = [c.look_at for c in self._candidates.values() if not c.is_looking] if looking < self.max_proving else []
         if self._unsynced and not self._syncing:
             times.append(self._oldest_unsynced + SYNC_S)
-        if self.timeout_s is not None:
+        if self.timeout_s is not None and not self._is_busy():
             times.append(self._last_progress + self.timeout_s)
         return min(times, default=None) if not self._is_over else None
 

@@ -24,6 +24,7 @@ from modelp2p.protocol.engine_wire import (
     MAX_FRAME_BYTES,
     V_MAX,
     V_MIN,
+    Command,
     Configure,
     Hello,
     Message,
@@ -173,6 +174,8 @@ def _serve(selector: selectors.BaseSelector, control: Control, session: Session)
 
 def _perform(session: Session, control: Control, messages: Iterable[Message]) -> None:
     for message in messages:
+        if not isinstance(message, Command):
+            raise DaemonError("the daemon sent something that is no command")
         control.send(session.handle(message))
 
 

@@ -75,7 +75,7 @@ class SocketOpened:
     is_tcp: bool
 
 
-Copied: TypeAlias = Event | TorrentAdded | MetadataArrived | StatusUpdates | PeerReport | SocketOpened
+Copied: TypeAlias = Event | TorrentAdded | MetadataArrived | StatusUpdates | SocketOpened
 
 
 def copy_alert(alert: lt.alert) -> Copied | None:
@@ -86,8 +86,6 @@ def copy_alert(alert: lt.alert) -> Copied | None:
         case lt.state_update_alert():
             # A torrent removed a moment ago can still be listed; its handle has no hash any more.
             return StatusUpdates(tuple(_status(status) for status in alert.status if status.handle.is_valid()))
-        case lt.peer_info_alert():
-            return _peers(alert)
         case lt.add_torrent_alert():
             # A refused torrent has no handle, but the parameters still name it.
             digest = alert.params.info_hashes.v2.to_bytes()
@@ -143,13 +141,18 @@ def _status(status: lt.torrent_status) -> TorrentStatus:
     )
 
 
-def _peers(alert: lt.peer_info_alert) -> PeerReport:
-    infos = alert.peer_info
+def report_peers(info_hash: bytes, handle: lt.torrent_handle) -> PeerReport:
+    """The peers of a torrent now.
+
+    A round trip through the network thread, once a second for each torrent that changed: the asynchronous
+    `peer_info_alert` carries a vector for which the 2.1.1 binding has no converter.
+    """
+    infos = handle.get_peer_info()
     ranked = sorted(infos, key=lambda info: info.payload_down_speed + info.payload_up_speed, reverse=True)
     web = {
         join_address(*info.ip): info.total_download for info in infos if info.connection_type != lt.peer_info.standard_bittorrent
     }
-    return PeerReport(_hash_of(alert), tuple(_peer(info) for info in ranked[:MAX_LISTED_PEERS]), web)
+    return PeerReport(info_hash, tuple(_peer(info) for info in ranked[:MAX_LISTED_PEERS]), web)
 
 
 def _peer(info: lt.peer_info) -> PeerStatus:

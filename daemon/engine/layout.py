@@ -24,9 +24,9 @@ WANTED, UNWANTED = 4, 0
 
 
 class LaidFile(NamedTuple):
-    """A file as libtorrent lists it: its index there, and its path inside the release."""
+    """A file as libtorrent lists it: its number there, and its path inside the release."""
 
-    index: int
+    number: int
     path: str
     size: int
 
@@ -38,7 +38,10 @@ def torrent_params(spec: TorrentSpec, *, pex: bool) -> lt.add_torrent_params:
         FormatError: the torrent does not parse, or is not the one the spec describes.
     """
     try:
-        params = lt.load_torrent_buffer(spec.torrent, {"max_pieces": _MAX_PIECES, "max_decode_tokens": _MAX_TOKENS})
+        params: lt.add_torrent_params = lt.load_torrent_buffer(
+            spec.torrent,
+            {"max_pieces": _MAX_PIECES, "max_decode_tokens": _MAX_TOKENS},  # type: ignore[call-overload]  # stub asks for all four
+        )
     except RuntimeError as exc:
         raise FormatError(f"libtorrent cannot read the torrent: {exc}") from exc
     info = params.ti

@@ -20,6 +20,7 @@ from modelp2p.daemon.engine import layout
 from modelp2p.daemon.engine.alerts import (
     MetadataArrived,
     PeerReport,
+    report_peers,
     SocketOpened,
     StatusUpdates,
     TorrentAdded,
@@ -40,8 +41,8 @@ from modelp2p.protocol.engine_wire import (
     FileFailed,
     Flush,
     Flushed,
-    Listening,
     ListenFailed,
+    Listening,
     MagnetSpec,
     MetadataReceived,
     PeerStatus,
@@ -55,6 +56,7 @@ from modelp2p.protocol.engine_wire import (
     TorrentFile,
     TorrentSpec,
     TorrentStatus,
+    TransferFinished,
 )
 from modelp2p.protocol.errors import DaemonError, FormatError
 from modelp2p.protocol.text import printable
@@ -75,6 +77,8 @@ class _Torrent:
     max_down: int = 0
     held: bool = False
     initial: list[bool] = field(default_factory=list)
+    is_started: bool = True
+    """A magnet is not until its metadata was approved; what it says of having nothing to fetch is not news."""
     flushes: int = 0
     """Asked for and not yet answered; libtorrent also flushes unasked."""
     failed_paths: set[str] = field(default_factory=set)
@@ -97,7 +101,8 @@ class Session:
         for end in (self._wake, self._woken_by):
             # A full blocking socket would stop libtorrent's network thread.
             end.setblocking(False)
-        parameters = lt.session_params(libtorrent_settings(settings))
+        # The stub knows settings as one literal dict; ours is made at run time, and `lt` refuses an unknown key itself.
+        parameters = lt.session_params(libtorrent_settings(settings))  # type: ignore[call-overload]
         parameters.disk_io_constructor = "pread_disk_io_constructor"
         self._session: lt.session | None = lt.session(parameters)
         self._bind_limits_to_everyone(self._lt)
@@ -163,12 +168,13 @@ class Session:
                     yield from self._metadata(copied.info_hash)
                 case StatusUpdates():
                     yield from (self._with_peers(status) for status in copied.torrents)
-                case PeerReport():
-                    self._tally(copied)
                 case SocketOpened():
                     pass
                 case FileFailed():
                     yield from self._file_failed(copied)
+                case TransferFinished():
+                    if (torrent := self._torrents.get(copied.info_hash)) is not None and torrent.is_started:
+                        yield copied
                 case Flushed():
                     yield from self._flushed(copied)
                 case Dropped():
@@ -214,6 +220,7 @@ class Session:
                 torrent.initial = params.have_pieces
             else:
                 params = layout.magnet_params(spec, pex=self._pex)
+                torrent.is_started = False
         except FormatError as error:
             yield AddFailed(spec.info_hash, error.message)
             return
@@ -271,6 +278,8 @@ class Session:
                 handle.prioritize_pieces([(piece, min(7, value)) for piece, value in zip(pieces, priorities, strict=True)])
             case StartDownload():
                 self._start_download(torrent, handle)
+            case Configure() | Add() | AddMagnet():
+                raise AssertionError("not a command to one torrent")
 
     @staticmethod
     def _limit_download(torrent: _Torrent, handle: lt.torrent_handle) -> None:
@@ -291,6 +300,7 @@ class Session:
         info = handle.torrent_file()
         if info is None:
             return
+        torrent.is_started = True
         files = layout.laid_files(info.layout())
         for index, path, _ in files:
             # Without the folder that the swarm's own name would make. Disk jobs keep their order: this comes before any write.
@@ -342,7 +352,7 @@ class Session:
         if torrent is None or torrent.handle is None:
             return status
         if status.peers:
-            torrent.handle.post_peer_info()
+            self._tally(report_peers(status.info_hash, torrent.handle))
         else:
             torrent.peers = ()
         return replace(status, peer_list=torrent.peers, web_down=torrent.web_down)
@@ -370,5 +380,5 @@ class Session:
             # The answers may be among what was lost.
             for _ in range(torrent.flushes):
                 torrent.handle.flush_cache()
-            if status.is_finished:
+            if status.is_finished and torrent.is_started:
                 yield TransferFinished(info_hash)

@@ -11,9 +11,12 @@ Names and meanings: https://libtorrent.org/reference-Settings.html
 from __future__ import annotations
 
 from ipaddress import ip_address
+from typing import TYPE_CHECKING
 
-from modelp2p.protocol.engine_wire import EngineSettings
 from modelp2p.protocol.errors import UsageError
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.engine_wire import EngineSettings
 
 LibtorrentSettings = dict[str, bool | int | str]
 
