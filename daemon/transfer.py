@@ -191,6 +191,7 @@ class Transfer:
             case fetching.FinishFile(path):
                 nursery.start_soon(self._finish, path)
             case fetching.Hold(on):
+                log.debug("hold %s at %r", on, self._machine)
                 await self.swarm.throttle(self.info_hash, on)
             case fetching.Flush():
                 await self.swarm.flush(self.info_hash)

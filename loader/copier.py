@@ -28,6 +28,10 @@ class Copier(Protocol):
         """Where tensors end up."""
 
     @property
+    def is_host(self) -> bool:
+        """Whether that is this process's own memory, so that a view of a file would do as well."""
+
+    @property
     def transfer(self) -> str:
         """The name of this way in `LoadStats.transfer`."""
 
@@ -51,6 +55,7 @@ class CpuCopier:
     """Copies within the host; every write has ended when it returns."""
 
     device = torch.device("cpu")
+    is_host = True
     transfer = "copy"
 
     def staging(self, size_bytes: int) -> torch.Tensor:
@@ -69,6 +74,7 @@ class CpuCopier:
 class CudaCopier:
     """Page-locked staging and the device's current stream: allocation, copy and later use are in one order by construction."""
 
+    is_host = False
     transfer = "cuda"
 
     def __init__(self, device: torch.device) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -39,22 +40,27 @@ class _Slot:
 
 
 class Staging:
-    """Two windows of staging memory, made when first needed and used for file after file."""
+    """Windows of staging memory in pairs, made when first needed and used for file after file."""
 
     def __init__(self, copier: Copier) -> None:
         self.copier = copier
-        self._slots: list[_Slot] = []
+        self._free: list[list[_Slot]] = []
 
-    def slots(self, window_bytes: int) -> list[_Slot]:
-        """Two free slots of at least this size."""
-        if not self._slots or len(self._slots[0].view) < window_bytes:
-            self._slots = [self._slot(window_bytes) for _ in range(2)]
-        for slot in self._slots:
-            # Left over where an earlier load was abandoned: the device may still read it.
-            if slot.fence is not None:
-                slot.fence.wait()
-            slot.fence, slot.ready = None, []
-        return self._slots
+    @contextmanager
+    def pair(self, window_bytes: int) -> Iterator[list[_Slot]]:
+        """Two slots of at least this size for one reader; a second reader beside it gets a pair of its own."""
+        slots = self._free.pop() if self._free else []
+        if not slots or len(slots[0].view) < window_bytes:
+            slots = [self._slot(window_bytes) for _ in range(2)]
+        try:
+            yield slots
+        finally:
+            for slot in slots:
+                # Where a load is abandoned, the device may still read from it.
+                if slot.fence is not None:
+                    slot.fence.wait()
+                slot.fence, slot.ready = None, []
+            self._free.append(slots)
 
     def _slot(self, size_bytes: int) -> _Slot:
         memory = self.copier.staging(size_bytes)
@@ -101,27 +107,27 @@ def _placed(
     windows = list(runs_of(needed, max(1, WINDOW_BYTES // table.piece_length)))
     if not windows:
         return
-    slots = staging.slots(max(end - begin for begin, end in map(table.span, windows)))
     targets: dict[int, torch.Tensor] = {}
     at = 0
-    for number, window in enumerate(windows):
-        slot = slots[number % 2]
-        yield from _released(slot, parts, targets)
-        _fill(shard, window, slot.view, workers, on_bytes)
-        begin, end = table.span(window)
-        while at < len(parts) and parts[at].begin < end:
-            targets[at] = copier.allocate(parts[at].size)
-            at += 1
-        for index, target in targets.items():
-            part = parts[index]
-            first, last = max(part.begin, begin), min(part.end, end)
-            if first < last:
-                copier.write(target[first - part.begin : last - part.begin], slot.memory[first - begin : last - begin])
-            if begin < part.end <= end:
-                slot.ready.append(index)
-        slot.fence = copier.fence()
-    for number in range(len(windows), len(windows) + 2):
-        yield from _released(slots[number % 2], parts, targets)
+    with staging.pair(max(end - begin for begin, end in map(table.span, windows))) as slots:
+        for number, window in enumerate(windows):
+            slot = slots[number % 2]
+            yield from _released(slot, parts, targets)
+            _fill(shard, window, slot.view, workers, on_bytes)
+            begin, end = table.span(window)
+            while at < len(parts) and parts[at].begin < end:
+                targets[at] = copier.allocate(parts[at].size)
+                at += 1
+            for index, target in targets.items():
+                part = parts[index]
+                first, last = max(part.begin, begin), min(part.end, end)
+                if first < last:
+                    copier.write(target[first - part.begin : last - part.begin], slot.memory[first - begin : last - begin])
+                if begin < part.end <= end:
+                    slot.ready.append(index)
+            slot.fence = copier.fence()
+        for number in range(len(windows), len(windows) + 2):
+            yield from _released(slots[number % 2], parts, targets)
 
 
 def _fill(shard: Shard, window: range, view: memoryview, workers: Workers, on_bytes: Callable[[int], None]) -> None:

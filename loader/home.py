@@ -75,10 +75,7 @@ def chain_of(home: str, publisher: PublisherId) -> RootChain | None:
 def statements_of(home: str, digests: tuple[bytes, ...] | None) -> Iterator[Statement]:
     """The statements with these digests that are here; all there are for None."""
     folder = os.path.join(home, layout.MANIFESTS)
-    if digests is None:
-        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    else:
-        names = [digest.hex() for digest in digests]
+    names = names_in(folder) if digests is None else [digest.hex() for digest in digests]
     for name in names:
         parts = {part: read_file(os.path.join(folder, name, part), limit) for part, limit in FILE_LIMITS.items()}
         envelope, layers, publisher = parts["manifest"], parts["layers"], parts["publisher"]
@@ -93,7 +90,7 @@ def trees_named(home: str, name: ModelName, publisher: PublisherId | None) -> li
         shown.append(layout.unnamed_model_of(publisher, name, ""))
     found: dict[str, Tree] = {}
     for folder in (os.path.join(home, path) for path in shown):
-        for revision in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        for revision in names_in(folder):
             tree = tree_at(os.path.join(folder, revision))
             if tree is not None and tree.revision == revision and os.path.realpath(home) == tree.home:
                 found[tree.path] = tree
@@ -107,14 +104,11 @@ def record_of(tree: Tree, own_home: str) -> ReleaseRecord | None:
     of the store of `own_home`, the home the caller chose, is as good as this user: a service may run under its own.
     """
     path = os.path.join(tree.home, layout.record_of(tree.info_hash))
-    owners = {0, os.geteuid()}
-    if os.path.realpath(own_home) == tree.home:
-        owners.add(os.stat(os.path.join(tree.home, layout.STORE)).st_uid)
     try:
         places = [os.lstat(path), os.lstat(os.path.dirname(path)), os.lstat(os.path.join(tree.home, layout.STORE))]
     except OSError:
         return None
-    if not stat.S_ISREG(places[0].st_mode) or any(it.st_uid not in owners or it.st_mode & 0o022 for it in places):
+    if not counts(places[0], places[1], places[2], user=os.geteuid(), is_own_home=os.path.realpath(own_home) == tree.home):
         return None
     data = read_file(path, MAX_RECORD_BYTES)
     try:
@@ -125,6 +119,27 @@ def record_of(tree: Tree, own_home: str) -> ReleaseRecord | None:
     if record is None or record.info_hash != tree.info_hash or record.revision != check_revision(tree.revision):
         return None
     return record
+
+
+def counts(record: os.stat_result, folder: os.stat_result, store: os.stat_result, *, user: int, is_own_home: bool) -> bool:
+    """Whether a record with this `lstat`, in this folder of this store, may be believed by `user` (see `record_of`)."""
+    owners = {0, user, *([store.st_uid] if is_own_home else [])}
+    places = (record, folder, store)
+    return stat.S_ISREG(record.st_mode) and not any(it.st_uid not in owners or it.st_mode & 0o022 for it in places)
+
+
+def names_in(folder: str) -> list[str]:
+    """What lies in a folder, sorted; nothing where there is no such folder.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as exc:
+        raise StoreError(f"{folder} cannot be read: {exc.strerror}") from exc
 
 
 def read_file(path: str, max_bytes: int) -> bytes | None:

@@ -129,7 +129,7 @@ def _by_name(ref: NameRef, believer: Believer) -> Located:
 def _by_link(link: Link, believer: Believer) -> Located:
     believer.link = link
     folder = os.path.dirname(os.path.join(believer.home, layout.record_of(link.info_hash)))
-    for revision in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+    for revision in homes.names_in(folder):
         tree = homes.tree_at(os.path.join(folder, revision))
         if tree is not None:
             return _by_tree(tree, believer, link.name)
@@ -141,7 +141,7 @@ def _by_folder(path: str, believer: Believer) -> Located:
     if tree is not None:
         return _by_tree(tree, believer, None)
     path = os.path.realpath(path)
-    inside = sorted(name for name in os.listdir(path) if name.endswith(BUNDLE_SUFFIX))
+    inside = [name for name in homes.names_in(path) if name.endswith(BUNDLE_SUFFIX)]
     if len(inside) > 1:
         raise UsageError(f"several bundles lie in '{path}'", hint=f"Name the one you mean: {os.path.join(path, inside[0])}")
     bundle = os.path.join(path, inside[0]) if inside else path + BUNDLE_SUFFIX

@@ -84,7 +84,7 @@ class OpenRelease:
         """The verified statement: manifest, layers, publisher."""
         self.directory = located.directory
         self.is_name_verified = located.is_name_verified
-        self.stats = LoadStats(str(copier.device), verify, "mmap" if copier.device.type == "cpu" else copier.transfer)
+        self.stats = LoadStats(str(copier.device), verify, "mmap" if copier.is_host else copier.transfer)
         self._located = located
         self._verify = verify
         self._mapping = mapping
@@ -259,9 +259,7 @@ class OpenRelease:
     def _way(self, source: SourceFile) -> Way:
         record = self._located.record
         standing = standing_of(None if record is None else record.files.get(source.entry.path), source)
-        return way_of(
-            standing, verify=self._verify, mapping=self._mapping, device=self._copier.device.type, path=source.entry.path
-        )
+        return way_of(standing, verify=self._verify, mapping=self._mapping, is_host=self._copier.is_host, path=source.entry.path)
 
     def _check_indexes(self) -> None:
         """Always hashed where it is looked at: an index is small, and is parsed."""

@@ -54,13 +54,13 @@ def standing_of(recorded: FileRecord | None, source: SourceFile) -> Standing:
     return Standing(not recorded.borrowed, recorded.borrowed, recorded.matches(source.stat))
 
 
-def way_of(standing: Standing, *, verify: str, mapping: str, device: str, path: str = "") -> Way:
+def way_of(standing: Standing, *, verify: str, mapping: str, is_host: bool, path: str = "") -> Way:
     """Decide (see `OpenRelease` for the meaning of `verify` and `mapping`).
 
     Raises:
         StoreError: only the record may vouch, and it does not.
     """
-    may_view = device == "cpu" and mapping != "pread" and not standing.is_borrowed
+    may_view = is_host and mapping != "pread" and not standing.is_borrowed
     is_view = may_view and (standing.is_own or mapping == "mmap")
     match verify:
         case "off":
@@ -73,7 +73,7 @@ def way_of(standing: Standing, *, verify: str, mapping: str, device: str, path: 
                 raise StoreError(f"no record that counts vouches for '{path}' as it is now", hint=hint, path=path)
             is_hashed = False
         case _:
-            is_hashed = not standing.is_proven or standing.is_borrowed or device != "cpu"
+            is_hashed = not standing.is_proven or standing.is_borrowed or not is_host
     return Way(is_view, is_hashed)
 
 

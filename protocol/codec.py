@@ -160,10 +160,13 @@ def _sorted(value: Any, depth: int) -> Any:
             return {key: _sorted(value[key], depth - 1) for key in sorted(value, key=_utf8)}
         case list() | tuple():
             return [_sorted(item, depth - 1) for item in value]
+        case None | bool() | int() | str() | bytes():
+            return value
         case float():
             raise TypeError("floats are not carried")
         case _:
-            return value
+            # msgpack's own `Timestamp` among them: its decoder builds one without asking `ext_hook`.
+            raise TypeError(f"{type(value).__name__} is not carried")
 
 
 def _utf8(key: str) -> bytes:

@@ -1,9 +1,12 @@
 """The fetch machine: what to do next for one release, decided from events and time alone.
 
-    engine says "piece finished"  ->  wait  ->  Prove: read back and hash  ->  Sync: fdatasync, journal  ->  proven
-                                       ^             | not on disk yet          (batched)                     |
-                                       +-------------+                                                        v
-                               after 5 s: Flush, prove once more, then Readd as missing         Feed the flat hash, FinishFile
+    engine says "piece finished"  ->  Flush  ->  Prove: read back and hash  ->  Sync: fdatasync, journal  ->  proven
+                                     (batched)      ^    | not in the file       (batched)                     |
+                                                    +----+                                                     v
+                                              after 5 s: Readd as missing                    Feed the flat hash, FinishFile
+
+The engine keeps finished pieces in a write-back cache for as long as nothing presses, so a batch is flushed before it is looked
+at: without that, half of all proofs would hash bytes that are not there yet (docs/BENCHMARKS.md).
 
 Invariants:
 - a piece is proven only after `Synced` named it: read back from the file, equal to the signed layer, data on the disk, journaled;
@@ -31,11 +34,16 @@ WINDOW_BYTES = 128 << 20
 HIGH_MARK_BYTES = 96 << 20
 LOW_MARK_BYTES = 48 << 20
 """The gap below the window is what requests under way may still bring after the transfer is held."""
-FIRST_LOOK_S = 0.25
-"""Most pieces reach the file this soon after "finished"; a look before that hashes in vain (docs/BENCHMARKS.md)."""
+FLUSH_EVERY_S = 0.1
+"""Pieces finished within this time share one flush."""
+FIRST_LOOK_S = 2.0
+"""A piece is looked at this long after "finished" even if no flush was answered."""
 LOOK_AGAIN_S = 0.5
 GIVE_UP_S = 5.0
-"""After this long without the bytes in the file, the engine is asked to flush, and then the piece is lost."""
+"""A piece whose bytes are still not in the file this long after "finished" is lost."""
+UNSYNCED_HIGH_BYTES = 384 << 20
+UNSYNCED_LOW_BYTES = 128 << 20
+"""A disk slower than the network holds the transfer too; what waits here is checked, but a power cut would lose it."""
 SYNC_BYTES = 64 << 20
 SYNC_S = 1.0
 """A batch is synced and journaled at this size or age."""
@@ -173,7 +181,10 @@ class _Candidate:
     received: float
     look_at: float
     is_looking: bool = False
-    is_last_look: bool = False
+    is_flushing: bool = False
+    """Its bytes are part of the flush under way."""
+    is_orphan: bool = False
+    """The engine that had it is gone: the look under way decides."""
 
 
 @dataclass(slots=True)
@@ -206,6 +217,8 @@ class FetchMachine:
     _finishing: set[str] = field(default_factory=set)
     _is_held: bool = False
     _is_flushing: bool = False
+    _is_flush_due: bool = False
+    _flush_at: float = 0.0
     _is_over: bool = False
     _last_progress: float = field(init=False)
     _wanted_bytes: int = field(init=False)
@@ -232,10 +245,13 @@ class FetchMachine:
 
     @property
     def unproven_bytes(self) -> int:
-        """Bytes received but not yet proven."""
-        return sum(self.pieces.locate(piece).length for piece in self._candidates) + sum(
-            self.pieces.locate(piece).length for piece in self._unsynced
-        )
+        """Bytes received whose hash is not checked yet."""
+        return len(self._candidates) * self.pieces.piece_length
+
+    @property
+    def unsynced_bytes(self) -> int:
+        """Bytes whose hash is checked and whose journal record is still to come."""
+        return (len(self._unsynced) + self._syncing.total) * self.pieces.piece_length
 
     @property
     def is_over(self) -> bool:
@@ -247,6 +263,8 @@ class FetchMachine:
         looking = sum(c.is_looking for c in self._candidates.values())
         # With every proof slot taken only `Proved` can free one; a deadline in the past would spin.
         times = [c.look_at for c in self._candidates.values() if not c.is_looking] if looking < self.max_proving else []
+        if self._is_flush_due:
+            times.append(self._flush_at)
         if self._unsynced and not self._syncing:
             times.append(self._oldest_unsynced + SYNC_S)
         if self.timeout_s is not None and not self._is_busy():
@@ -265,9 +283,7 @@ class FetchMachine:
         match event:
             case Received(pieces):
                 for piece in pieces:
-                    known = piece in self.proven or piece in self._unsynced or piece in self._syncing
-                    if not known and piece not in self._candidates:
-                        self._candidates[piece] = _Candidate(now, now + FIRST_LOOK_S)
+                    self._received(piece, now)
             case Proved(piece, ok):
                 effects += self._proved(piece, ok, now)
             case Synced(pieces):
@@ -277,6 +293,7 @@ class FetchMachine:
                 self._last_progress = now
             case Fed(path, end):
                 self._feeding.discard(path)
+                self._finishing.discard(path)  # an answer to `FinishFile` too: the running hash was lost, feed it again
                 self._fed[path] = end
             case FileFinished(path, error):
                 self._finishing.discard(path)
@@ -287,13 +304,11 @@ class FetchMachine:
             case Flushed():
                 self._is_flushing = False
                 for candidate in self._candidates.values():
-                    if candidate.is_last_look and not candidate.is_looking:
+                    if candidate.is_flushing and not candidate.is_looking:
                         candidate.look_at = now
+                    candidate.is_flushing = False
             case EngineLost():
-                # Proofs under way read the file, not the engine: their answers still count if they are good.
-                self._candidates = {p: c for p, c in self._candidates.items() if c.is_looking}
-                self._is_flushing = False
-                self._is_held = False
+                self._forget_engine()
             case DiskFailed(error):
                 return self._fail(error)
             case Tick():
@@ -301,6 +316,22 @@ class FetchMachine:
             case _:
                 assert_never(event)
         return effects + self._advance(now)
+
+    def _received(self, piece: int, now: float) -> None:
+        if piece in self.proven or piece in self._unsynced or piece in self._syncing:
+            return
+        candidate = self._candidates.setdefault(piece, _Candidate(now, now + FIRST_LOOK_S))
+        if candidate.is_orphan:
+            # A new engine has it again before the old look came back: a bad answer is "not yet" once more.
+            self._candidates[piece] = _Candidate(now, now + FIRST_LOOK_S, is_looking=True)
+
+    def _forget_engine(self) -> None:
+        # Proofs under way read the file, not the engine: their answers still count if they are good.
+        self._candidates = {piece: candidate for piece, candidate in self._candidates.items() if candidate.is_looking}
+        for candidate in self._candidates.values():
+            candidate.is_orphan = True
+        self._is_flushing = False
+        self._is_held = False  # a torrent that is added anew runs free
 
     def _proved(self, piece: int, ok: bool, now: float) -> list[Effect]:
         candidate = self._candidates.get(piece)
@@ -314,30 +345,26 @@ class FetchMachine:
         if candidate is None:
             return []
         candidate.is_looking = False
-        if candidate.is_last_look:
-            # Flushed and still not there: the engine has it nowhere. Everything it holds unproven goes the same way.
-            self._candidates = {p: c for p, c in self._candidates.items() if c.is_looking}
-            return [Readd()]
+        if candidate.is_orphan:
+            del self._candidates[piece]
+            return []
         candidate.look_at = now + LOOK_AGAIN_S
         if now - candidate.received < GIVE_UP_S:
             return []
-        candidate.is_last_look = True
-        candidate.look_at = now + GIVE_UP_S  # unless `Flushed` comes first
-        if self._is_flushing:
-            return []
-        self._is_flushing = True
-        return [Flush()]
+        # The engine has it nowhere. Everything else it holds unproven goes the same way.
+        self._forget_engine()
+        return [Readd()]
 
     def _advance(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
+        effects += self._start_flush(now)
         effects += self._start_proofs(now)
         effects += self._start_sync(now)
         effects += self._start_files()
-        unproven = self.unproven_bytes
-        if not self._is_held and unproven >= HIGH_MARK_BYTES:
+        if not self._is_held and (self.unproven_bytes >= HIGH_MARK_BYTES or self.unsynced_bytes >= UNSYNCED_HIGH_BYTES):
             self._is_held = True
             effects.append(Hold(True))
-        elif self._is_held and unproven <= LOW_MARK_BYTES:
+        elif self._is_held and self.unproven_bytes <= LOW_MARK_BYTES and self.unsynced_bytes <= UNSYNCED_LOW_BYTES:
             self._is_held = False
             effects.append(Hold(False))
         if len(self.finished) == len(self.wanted):
@@ -356,9 +383,24 @@ class FetchMachine:
 
     def _is_busy(self) -> bool:
         """Whether work on this machine, not the network, is what is being waited for."""
-        return bool(self._syncing or self._unsynced or self._feeding or self._finishing or any(
-            candidate.is_looking for candidate in self._candidates.values()
-        ))
+        return bool(
+            self._syncing
+            or self._unsynced
+            or self._feeding
+            or self._finishing
+            or any(candidate.is_looking for candidate in self._candidates.values())
+        )
+
+    def _start_flush(self, now: float) -> list[Effect]:
+        fresh = [c for c in self._candidates.values() if not c.is_flushing and not c.is_looking and c.look_at > now]
+        self._is_flush_due = bool(fresh) and not self._is_flushing and now < self._flush_at
+        if self._is_flushing or not fresh or self._is_flush_due:
+            return []
+        self._is_flushing = True
+        self._flush_at = now + FLUSH_EVERY_S
+        for candidate in fresh:
+            candidate.is_flushing = True
+        return [Flush()]
 
     def _start_proofs(self, now: float) -> list[Effect]:
         effects: list[Effect] = []

@@ -9,7 +9,7 @@ Pure: bytes in, bytes out. Reading, writing and permissions belong to the comman
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -18,12 +18,14 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from modelp2p.protocol import codec
 from modelp2p.protocol.codec import Map
 from modelp2p.protocol.errors import DeniedError, FormatError
-from modelp2p.protocol.signing import PrivateKey, PublicKey
+from modelp2p.protocol.signing import KEY_BYTES, PrivateKey, PublicKey
 
 MAGIC = b"MP2PKEY\n"
 MAX_KEYFILE_BYTES = 4096
+VERSION = 1
 SALT_BYTES = 16
 NONCE_BYTES = 12
+TAG_BYTES = 16
 ARGON2_MEMORY_KIB = 64 << 10
 ARGON2_PASSES = 3
 # A key file could ask this process for any amount of memory: bound it to 16 times our own choice.
@@ -38,7 +40,7 @@ class SealedKey:
     public: PublicKey
     role: str
     is_encrypted: bool
-    _fields: Map
+    _fields: Map = field(repr=False)
 
     def open(self, passphrase: str | None) -> PrivateKey:
         """The private key.
@@ -57,7 +59,7 @@ class SealedKey:
 def seal_key(key_seed: bytes, role: str, passphrase: str | None, salt: bytes, nonce: bytes) -> bytes:
     """The bytes of a key file; `salt` and `nonce` are fresh random bytes of the caller's."""
     public = PrivateKey(key_seed).public.raw
-    fields: Map = {"v": 1, "role": role, "public": public}
+    fields: Map = {"v": VERSION, "role": role, "public": public}
     if passphrase is None:
         fields |= {"kdf": "none", "seed": key_seed}
         return MAGIC + codec.pack(fields)
@@ -81,16 +83,31 @@ def parse_key(data: bytes) -> SealedKey:
     if not data.startswith(MAGIC):
         raise FormatError("not a modelp2p key file")
     fields = codec.unpack_map(memoryview(data)[len(MAGIC) :], max_bytes=MAX_KEYFILE_BYTES)
-    codec.take_uint(fields, "v", maximum=1, where="key file")
+    if codec.take_uint(fields, "v", maximum=2**32, where="key file") != VERSION:
+        raise FormatError("this key file has a version that is not known here", hint="Update modelp2p.")
     kdf = codec.take(fields, "kdf", str, "key file")
     if kdf not in ("none", "argon2id"):
         raise FormatError(f"key file: key derivation '{kdf[:40]}' is not known")
+    if kdf == "none":
+        codec.take_bytes(fields, "seed", KEY_BYTES, "key file")
+    else:
+        _check_sealed(fields)
     return SealedKey(
         PublicKey(codec.take_bytes(fields, "public", 32, "key file")),
         codec.take(fields, "role", str, "key file"),
         kdf != "none",
         fields,
     )
+
+
+def _check_sealed(fields: Map) -> None:
+    memory = codec.take_uint(fields, "memory_kib", maximum=MAX_MEMORY_KIB, where="key file")
+    passes = codec.take_uint(fields, "passes", maximum=MAX_PASSES, where="key file")
+    if memory < 8 or passes < 1:
+        raise FormatError("key file: key derivation parameters are out of bounds")
+    codec.take_bytes(fields, "salt", SALT_BYTES, "key file")
+    codec.take_bytes(fields, "nonce", NONCE_BYTES, "key file")
+    codec.take_bytes(fields, "sealed", KEY_BYTES + TAG_BYTES, "key file")
 
 
 def _unseal(fields: Map, passphrase: str | None) -> bytes:
@@ -105,10 +122,7 @@ def _unseal(fields: Map, passphrase: str | None) -> bytes:
 
 
 def _cipher(fields: Map, passphrase: str) -> ChaCha20Poly1305:
-    memory = codec.take_uint(fields, "memory_kib", maximum=MAX_MEMORY_KIB, where="key file")
-    passes = codec.take_uint(fields, "passes", maximum=MAX_PASSES, where="key file")
-    if memory < 8 or passes < 1:
-        raise FormatError("key file: key derivation parameters are out of bounds")
+    memory, passes = (codec.take(fields, key, int, "key file") for key in ("memory_kib", "passes"))
     salt = codec.take_bytes(fields, "salt", SALT_BYTES, "key file")
     kdf = Argon2id(salt=salt, length=32, iterations=passes, lanes=1, memory_cost=memory)
     return ChaCha20Poly1305(kdf.derive(passphrase.encode("utf-8")))

@@ -59,13 +59,15 @@ def decode_layers(data: bytes, manifest: Manifest) -> Layers:
         FormatError: malformed, a layer too many or missing, or one that does not hash to its signed root.
     """
     source = codec.unpack_table(data, max_bytes=MAX_LAYERS_BYTES)
-    wanted = {entry.root: entry.size for entry in manifest.files if entry.size > manifest.piece_length}
     by_root: dict[bytes, bytes] = {}
-    for root, size in wanted.items():
-        layer = source.get(root)
-        if layer is None or len(layer) != pieces_in(size, manifest.piece_length) * HASH_BYTES:
+    for entry in manifest.files:
+        if entry.size <= manifest.piece_length:
+            continue
+        root, layer = entry.root, source.get(entry.root)
+        # Checked for every file: two files may share a root, and a hostile manifest may give them different sizes.
+        if layer is None or len(layer) != pieces_in(entry.size, manifest.piece_length) * HASH_BYTES:
             raise FormatError(f"the piece layer of root {root.hex()[:16]} is missing or of the wrong length")
-        if root_of_layer(layer, manifest.piece_length) != root:
+        if root not in by_root and root_of_layer(layer, manifest.piece_length) != root:
             raise FormatError(f"piece layer does not hash to the signed root {root.hex()[:16]}")
         by_root[root] = layer
     if len(source) != len(by_root):

@@ -1,16 +1,16 @@
 """Where things lie below a home, as relative paths (DESIGN 5). Pure: digests in, paths out.
 
-    version                                   integer: the layout this home follows
-    data/<info-hash>/                         0700  the engine's folder of one release; never moves
-    store/<info-hash>/<revision>/             0755  the visible tree: hard links to proven files
-    store/<info-hash>/record                  0644  what was proven about those files, for loaders
-    manifests/<sha256 of envelope>/           0755  layers, manifest, publisher: one statement
-    models/<org>/<model>/<revision>           symlink into store, where the publisher is trusted for the name
-    models/by-publisher/<id>/<org>/<model>/<revision>   the same, where it is not
-    journal/<info-hash>                       0700  what is proven, append-only
-    trust/                                    which publisher may use which name, and root chains
-    keys/                                     0700
-    run/                                      0700  lock, and the socket where no runtime folder exists
+version                                   integer: the layout this home follows
+data/<info-hash>/                         0700  the engine's folder of one release; never moves
+store/<info-hash>/<revision>/             0755  the visible tree: hard links to proven files
+store/<info-hash>/record                  0644  what was proven about those files, for loaders
+manifests/<sha256 of envelope>/           0755  layers, manifest, publisher: one statement
+models/<org>/<model>/<revision>           symlink into store, where the publisher is trusted for the name
+models/by-publisher/<id>/<org>/<model>/<revision>   the same, where it is not
+journal/<info-hash>                       0700  what is proven, append-only
+trust/                                    which publisher may use which name, and root chains
+keys/                                     0700
+run/                                      0700  lock, and the socket where no runtime folder exists
 """
 
 from __future__ import annotations

@@ -9,10 +9,11 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, quote
 
 from modelp2p.protocol.errors import FormatError, UntrustedError
 from modelp2p.protocol.names import ModelName, PublisherId, check_publisher_id
+from modelp2p.protocol.text import printable
 
 MAX_LINK_CHARS = 16 << 10
 MAX_PARTS = 256
@@ -32,6 +33,11 @@ class PeerAddress:
             raise FormatError(f"port {self.port} is out of range")
         if not re.fullmatch(r"[A-Za-z0-9.:_-]{1,253}", self.host, re.ASCII):
             raise FormatError(f"'{self.host[:80]}' is not a host name or address")
+        if ":" in self.host:
+            try:
+                ipaddress.IPv6Address(self.host)
+            except ValueError as exc:
+                raise FormatError(f"'{self.host[:80]}' is not an IPv6 address") from exc
 
     @classmethod
     def parse(cls, text: str) -> PeerAddress:
@@ -43,7 +49,7 @@ class PeerAddress:
         host, colon, port = text.strip().rpartition(":")
         if not colon or not port.isascii() or not port.isdigit() or len(port) > 5:
             raise FormatError(f"'{text[:120]}' is not HOST:PORT")
-        if host.startswith("[") and host.endswith("]"):
+        if host.startswith("[") and host.endswith("]") and ":" in host:
             host = host[1:-1]
         elif ":" in host:
             raise FormatError(f"'{text[:120]}': write an IPv6 address as [address]:port")
@@ -98,11 +104,11 @@ def parse_link(text: str) -> Link:
     """
     if len(text) > MAX_LINK_CHARS or not text.isascii() or not text.isprintable():
         raise FormatError("the link is too long or holds characters that links do not")
-    url = urlsplit(text)
-    if url.scheme != "magnet" or url.netloc or url.path:
+    if not text.lower().startswith("magnet:?"):
         raise FormatError("a link starts with 'magnet:?'")
+    query = text[len("magnet:?") :].partition("#")[0]
     try:
-        parts = parse_qsl(url.query, keep_blank_values=True, max_num_fields=MAX_PARTS, errors="strict")
+        parts = parse_qsl(query, keep_blank_values=True, max_num_fields=MAX_PARTS, errors="strict")
     except ValueError as exc:
         raise FormatError(f"malformed link: {exc}") from exc
     values: dict[str, list[str]] = {}
@@ -113,6 +119,8 @@ def parse_link(text: str) -> Link:
             "this magnet carries no signed manifest (no x.mp and x.pub), so nothing about it can be verified",
             hint="Ask the publisher for the modelp2p link, or for the .modelp2p bundle.",
         )
+    if any(printable(url) != url for key in ("tr", "ws") for url in values.get(key, ())):
+        raise FormatError("an address in the link holds control, bidi or invisible characters")
     topics = [topic for topic in values.get("xt", []) if topic.startswith(_BTMH)]
     if len(topics) != 1 or len(values["x.mp"]) != 1 or len(values["x.pub"]) != 1:
         raise FormatError("a link has exactly one v2 topic (xt=urn:btmh:1220...), one x.mp and one x.pub")

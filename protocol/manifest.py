@@ -225,6 +225,8 @@ def decode_manifest(data: bytes) -> Manifest:
     notes = cast("Map", codec.take_optional(source, "notes", dict, "manifest") or {})
     if "notes" in source and not notes:
         raise FormatError("manifest: empty notes must be left out")
+    if len(notes) > MAX_LIST:
+        raise FormatError(f"manifest: field 'notes' has {len(notes)} items, more than the limit of {MAX_LIST}")
     return Manifest(
         name=ModelName.parse(_text(source, "name")),
         revision=check_revision(_text(source, "revision")),
@@ -239,7 +241,7 @@ def decode_manifest(data: bytes) -> Manifest:
         origin=None if origin is None else _decode_origin(cast("Map", origin)),
         web_seeds=_texts(source, "web_seeds"),
         trackers=_texts(source, "trackers"),
-        notes=tuple((_line(key), _text(notes, key)) for key in sorted(notes)[:MAX_LIST]),
+        notes=tuple((_line(key), _text(notes, key)) for key in sorted(notes)),
         critical=_texts(source, "critical"),
     )
 

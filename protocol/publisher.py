@@ -41,6 +41,7 @@ class RootChain:
     documents: tuple[bytes, ...]
     publisher_id: PublisherId
     _newest: Metadata[Root]
+    _signed: tuple[bytes, ...]
 
     @property
     def version(self) -> int:
@@ -94,6 +95,7 @@ def verify_chain(documents: Sequence[bytes]) -> RootChain:
     if not 1 <= len(documents) <= MAX_ROOTS:
         raise FormatError(f"a root chain has 1 to {MAX_ROOTS} documents, not {len(documents)}")
     previous: Metadata[Root] | None = None
+    signed: list[bytes] = []
     for number, document in enumerate(documents, start=1):
         root = _parse_root(document)
         if root.signed.version != number:
@@ -105,8 +107,9 @@ def verify_chain(documents: Sequence[bytes]) -> RootChain:
         except (RepositoryError, ValueError) as exc:
             raise UntrustedError(f"root document {number} is not signed as its chain demands: {exc}") from exc
         previous = root
+        signed.append(root.signed_bytes)
     assert previous is not None
-    return RootChain(tuple(documents), publisher_id_of(documents[0]), previous)
+    return RootChain(tuple(documents), publisher_id_of(documents[0]), previous, tuple(signed))
 
 
 def encode_chain(documents: Sequence[bytes]) -> bytes:
@@ -132,8 +135,9 @@ def newer_chain(first: RootChain, second: RootChain) -> RootChain:
     Raises:
         UntrustedError: they belong to different publishers or fork.
     """
-    longer, shorter = (first, second) if len(first.documents) >= len(second.documents) else (second, first)
-    if longer.documents[: len(shorter.documents)] != shorter.documents:
+    longer, shorter = (first, second) if first.version >= second.version else (second, first)
+    # What was signed is compared, not the files: white space or a spare signature, which anyone may add, is no fork.
+    if longer.publisher_id != shorter.publisher_id or longer._signed[: shorter.version] != shorter._signed:
         raise UntrustedError("two root chains of one publisher disagree", publisher=first.publisher_id)
     return longer
 

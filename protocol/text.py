@@ -12,14 +12,23 @@ import unicodedata
 # Zl/Zp line and paragraph separators: none of these belongs in a name on one line.
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
+# Shown as nothing although their category is a letter, mark or symbol (Unicode "Default_Ignorable_Code_Point", and the
+# Braille blank): fillers, variation selectors, the combining grapheme joiner.
+_HIDDEN_ELSEWHERE = frozenset(
+    "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0"
+    + "".join(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
+)
+
 
 def is_hidden(character: str) -> bool:
     """Whether a single character steers or hides instead of showing."""
-    return unicodedata.category(character) in _HIDDEN_CATEGORIES
+    return unicodedata.category(character) in _HIDDEN_CATEGORIES or character in _HIDDEN_ELSEWHERE
 
 
 def printable(text: str) -> str:
     """`text` on one line with every hidden character escaped; idempotent on its own output."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(character.encode("unicode_escape").decode("ascii") if is_hidden(character) else character for character in text)
+    return "".join(
+        character.encode("unicode_escape").decode("ascii") if is_hidden(character) else character for character in text
+    )

@@ -54,6 +54,10 @@ class TrustBook:
 
     entries: tuple[TrustEntry, ...] = ()
 
+    def __post_init__(self) -> None:
+        if len({entry.pattern for entry in self.entries}) != len(self.entries):
+            raise FormatError("the trust book gives one pattern twice")
+
     def added(self, entry: TrustEntry) -> TrustBook:
         """The book with `entry`.
 

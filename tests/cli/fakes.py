@@ -1,0 +1,181 @@
+"""A daemon that answers from a table, and a way to run one command line against it in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from modelp2p.cli.main import run
+from modelp2p.protocol.errors import DaemonError, FormatError, ModelP2PError
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.codec import Map
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+INFO_HASH = "ab" * 32
+MANIFEST = "cd" * 32
+PUBLISHER = "mp1" + "a" * 52
+LINK = f"magnet:?xt=urn:btmh:1220{INFO_HASH}&dn=lab/model&x.mp={MANIFEST}&x.pub={PUBLISHER}"
+
+RELEASE: Map = {
+    "name": "lab/model",
+    "revision": REVISION,
+    "info_hash": INFO_HASH,
+    "manifest": MANIFEST,
+    "publisher": PUBLISHER,
+    "name_verified": True,
+    "state": "complete",
+    "size": 3_000_000,
+    "proven": 3_000_000,
+    "sequence": 1,
+    "error": "",
+}
+FETCHED: Map = {
+    "path": f"/home/models/lab/model/{REVISION}",
+    "name": "lab/model",
+    "revision": REVISION,
+    "info_hash": INFO_HASH,
+    "publisher": PUBLISHER,
+    "name_verified": True,
+    "state": "complete",
+    "bytes": 3_000_000,
+    "from_peers": 3_000_000,
+    "from_web": 0,
+    "reused": 0,
+    "milliseconds": 1500,
+}
+PLAN: Map = {
+    "name": "lab/model",
+    "revision": REVISION,
+    "info_hash": INFO_HASH,
+    "publisher": PUBLISHER,
+    "name_verified": True,
+    "files": [{"path": "a.safetensors", "size": 10, "have": 10}, {"path": "b.safetensors", "size": 20, "have": 0}],
+    "bytes": 30,
+    "needed_bytes": 20,
+    "free_bytes": 1000,
+}
+STATUS: Map = {
+    "node": {
+        "pid": 7,
+        "listen_port": 16881,
+        "profile": "wan",
+        "publisher_ids": [PUBLISHER],
+        "uptime_s": 65,
+        "home": "/home",
+        "landlock": 4,
+        "engine_pid": 8,
+        "on_demand": False,
+    },
+    "releases": [{**RELEASE, "rate_down": 5_000_000, "rate_up": 0, "peers": 2, "uploaded": 12}],
+}
+SHOWN: Map = {
+    **RELEASE,
+    "manifest_hash": "ef" * 32,
+    "created": 1_700_000_000,
+    "license": "apache-2.0",
+    "license_file": None,
+    "lineage": [{"relation": "finetune", "name": "lab/base", "revision": REVISION, "info_hash": INFO_HASH}],
+    "origin": {"repo": "lab/model", "commit": REVISION},
+    "web_seeds": ["https://example.org/"],
+    "trackers": [],
+    "notes": {"compute": "12 GPU hours"},
+    "piece_length": 1 << 20,
+    "files": [
+        {"path": "a.safetensors", "size": 3_000_000, "root": "00" * 32, "sha256": "11" * 32, "kind": "weights", "etag": ""}
+    ],
+    "link": LINK,
+    "path": FETCHED["path"],
+    "statements": 1,
+}
+
+
+@dataclass(frozen=True)
+class FakeReply:
+    result: Map
+    fds: tuple[int, ...] = ()
+
+    def read_fds(self, limit_bytes: int) -> list[bytes]:
+        contents = []
+        for fd in self.fds:
+            size = os.fstat(fd).st_size
+            if size > limit_bytes:
+                raise FormatError("too large")
+            contents.append(os.pread(fd, size, 0))
+            os.close(fd)
+        return contents
+
+
+Answer: TypeAlias = "Map | FakeReply | BaseException | Callable[[Map, Sequence[int]], FakeReply]"
+
+
+class Asked(NamedTuple):
+    verb: str
+    args: Map
+    contents: list[bytes]
+    """What the descriptors held that were files."""
+
+
+@dataclass
+class FakeDaemon:
+    """Answers each verb from `answers` after sending `events`; notes what it was asked."""
+
+    answers: Mapping[str, Answer]
+    events: Sequence[Map] = ()
+    is_running: bool = True
+    asked: list[Asked] = field(default_factory=list)
+    started_with: str | None = None
+    closed: int = 0
+    detached: int = 0
+
+    def connect(self, home: str) -> FakeClient:
+        if not self.is_running:
+            raise DaemonError(f"no daemon is running for {home}", hint="Start one.")
+        return FakeClient(self, None)
+
+    def start(self, home: str, config_toml: str) -> FakeClient:
+        self.started_with = config_toml
+        return FakeClient(self, 4321)
+
+
+@dataclass
+class FakeClient:
+    daemon: FakeDaemon
+    started_pid: int | None
+
+    def call(self, verb: str, args: Map, fds: Sequence[int] = (), on_event: Callable[[Map], None] | None = None) -> FakeReply:
+        self.daemon.asked.append(Asked(verb, args, [_content(fd) for fd in fds]))
+        for event in self.daemon.events:
+            if on_event is not None:
+                on_event(event)
+        answer = self.daemon.answers[verb]
+        if isinstance(answer, BaseException):
+            raise answer
+        if isinstance(answer, FakeReply):
+            return answer
+        return answer(args, fds) if callable(answer) else FakeReply(dict(answer))
+
+    def detach(self) -> None:
+        self.daemon.detached += 1
+
+    def close(self) -> None:
+        self.daemon.closed += 1
+
+
+def modelp2p(*args: str, daemon: FakeDaemon | None = None, env: Mapping[str, str] | None = None) -> int:
+    """The exit code of one command line; what it prints goes to this process's stdout and stderr."""
+    return run(args, daemon or FakeDaemon({}), {**os.environ, **(env or {})})
+
+
+def failing(error: ModelP2PError, verb: str = "fetch") -> FakeDaemon:
+    """A daemon that answers `verb` with an error."""
+    return FakeDaemon({verb: error})
+
+
+def _content(fd: int) -> bytes:
+    try:
+        return os.pread(fd, 1 << 20, 0)
+    except OSError:
+        return b""  # a folder
