@@ -47,6 +47,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "gc": ("modelp2p.cli.releases", "gc", "Remove what no release needs."),
     "trust": ("modelp2p.cli.trust", "trust", "Which publisher may speak for which name."),
     "keys": ("modelp2p.cli.keys", "keys", "The keys you publish with."),
+    "demo": ("modelp2p.cli.demo", "demo", "See the whole job done between two nodes on this machine."),
     "config": ("modelp2p.cli.config", "config", "Show and check the configuration."),
 }
 # What users of other tools type first.

@@ -35,6 +35,7 @@ from modelp2p.protocol.engine_wire import (
     PeerUnresolved,
     PieceFailed,
     PiecesFinished,
+    Removed,
     TorrentFile,
     TorrentSpec,
     TorrentStatus,
@@ -149,7 +150,9 @@ class MemorySwarm:
                 return
 
     async def remove(self, info_hash: bytes) -> None:
-        self._torrents.pop(info_hash, None)
+        torrent = self._torrents.pop(info_hash, None)
+        if torrent is not None:
+            self._say(Removed(info_hash, torrent.down, torrent.up, 0, torrent.wasted))
 
     async def connect(self, info_hash: bytes, peers: Iterable[Peer]) -> None:
         if info_hash in self._torrents:

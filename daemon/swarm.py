@@ -71,7 +71,7 @@ class Swarm(Protocol):
         """Fetch all files of a magnet whose metadata arrived, to `save_path/<path>`."""
 
     async def remove(self, info_hash: bytes) -> None:
-        """Stop sharing. Its files stay, and no event is promised for it after this."""
+        """Stop sharing. Its files stay; `Removed` is the last event about it."""
 
     async def connect(self, info_hash: bytes, peers: Iterable[Peer]) -> None:
         """Try these peers; host names are resolved meanwhile, `PeerUnresolved` names those that cannot be."""

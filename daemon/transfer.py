@@ -29,6 +29,7 @@ from modelp2p.protocol.ranges import Ranges
 
 log = logging.getLogger(__name__)
 
+FAREWELL_S = 2.0
 _QUEUE = 4096
 """Machine events waiting; each is small, and the engine's own event channel is bounded before this one."""
 
@@ -43,7 +44,7 @@ class Traffic:
     web: int = 0
     _base: tuple[int, int, int, int] = (0, 0, 0, 0)
 
-    def update(self, status: wire.TorrentStatus) -> None:
+    def update(self, status: wire.TorrentStatus | wire.Removed) -> None:
         """Take over the engine's counters, which start at zero with each `add`."""
         down, up, wasted, web = self._base
         self.down, self.up = down + status.payload_down, up + status.payload_up
@@ -82,6 +83,7 @@ class Transfer:
     _receive: trio.MemoryReceiveChannel[fetching.Event] = field(init=False)
     _fds: dict[str, int] = field(default_factory=dict)
     _is_in_swarm: bool = False
+    _gone: trio.Event = field(default_factory=trio.Event)
 
     def __post_init__(self) -> None:
         self._send, self._receive = trio.open_memory_channel[fetching.Event](_QUEUE)
@@ -130,6 +132,9 @@ class Transfer:
                 self.status = event
                 self.traffic.update(event)
                 self.on_progress()
+            case wire.Removed():
+                self.traffic.update(event)
+                self._gone.set()
             case wire.PeerBanned(address=address):
                 log.warning("%s: peer %s sent wrong bytes and was banned", self.folder.release.ref, address)
             case _:
@@ -165,7 +170,7 @@ class Transfer:
                 for path in self.wanted:
                     self.pool.flat_drop(self._key(path))
                 if self._is_in_swarm:
-                    await self.swarm.remove(self.info_hash)
+                    await self._leave()
 
     def _needs_swarm(self) -> bool:
         return self._machine.proven_bytes < self._machine.wanted_bytes
@@ -205,6 +210,13 @@ class Transfer:
             case fetching.Fail(error):
                 raise error
         return False
+
+    async def _leave(self) -> None:
+        """Leave the swarm, and wait a moment for the engine's last counts."""
+        self._gone = trio.Event()
+        await self.swarm.remove(self.info_hash)
+        with trio.move_on_after(FAREWELL_S):
+            await self._gone.wait()
 
     async def _add(self) -> None:
         self._is_in_swarm = True

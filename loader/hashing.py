@@ -1,7 +1,12 @@
 """Work over pieces on all cores: the threads that read and hash.
 
 Threads, because hashlib frees the GIL for each 16 KiB leaf, a copy can be hashed where it lies, and nothing of the caller's
-program is forked or imported again. The price is hand-offs of the GIL: measured in `tests/bench/cpu_load.py`.
+program is forked or imported again. The price is hand-offs of the GIL: about 1,300 waits and 20 % more CPU time for 256 MiB.
+
+Measured on two cores that other work shared, 256 MiB, medians. Bare piece hashes, interleaved: 1.06 GB/s with one thread, 1.02
+with two, 1.26 with two forked processes. Whole loads: 1.11 GB/s with one thread, 1.27 with two.
+XX: these are too noisy to settle it; if an idle machine with more cores shows threads well below processes, hash mappings in
+worker processes.
 """
 
 from __future__ import annotations

@@ -331,6 +331,17 @@ class TorrentStatus(_Checked):
 
 
 @dataclass(frozen=True, slots=True)
+class Removed(_Checked):
+    """A torrent left the session; its final byte counts, as in `TorrentStatus`."""
+
+    info_hash: bytes
+    payload_down: int
+    payload_up: int
+    web_down: int
+    wasted: int
+
+
+@dataclass(frozen=True, slots=True)
 class Dropped:
     """Alerts were lost; every finished piece is being announced again."""
 
@@ -363,6 +374,7 @@ Event: TypeAlias = (
     | Flushed
     | TransferFinished
     | TorrentStatus
+    | Removed
     | Dropped
     | EngineDied
     | EngineRestarted

@@ -85,7 +85,7 @@ def copy_alert(alert: lt.alert) -> Copied | None:
             return PiecesFinished(_hash_of(alert), (alert.piece_index,))
         case lt.state_update_alert():
             # A torrent removed a moment ago can still be listed; its handle has no hash any more.
-            return StatusUpdates(tuple(_status(status) for status in alert.status if status.handle.is_valid()))
+            return StatusUpdates(tuple(status_of(status) for status in alert.status if status.handle.is_valid()))
         case lt.add_torrent_alert():
             # A refused torrent has no handle, but the parameters still name it.
             digest = alert.params.info_hashes.v2.to_bytes()
@@ -127,7 +127,8 @@ def _message(code: lt.error_code) -> str:
     return printable(code.message()) if code.value() else ""
 
 
-def _status(status: lt.torrent_status) -> TorrentStatus:
+def status_of(status: lt.torrent_status) -> TorrentStatus:
+    """What libtorrent says of a torrent, without its peers."""
     return TorrentStatus(
         info_hash=status.info_hashes.v2.to_bytes(),
         rate_down=status.download_payload_rate,

@@ -20,12 +20,13 @@ from modelp2p.daemon.engine import layout
 from modelp2p.daemon.engine.alerts import (
     MetadataArrived,
     PeerReport,
-    report_peers,
     SocketOpened,
     StatusUpdates,
     TorrentAdded,
     copy_alert,
     join_address,
+    report_peers,
+    status_of,
 )
 from modelp2p.daemon.engine.settings import clamp_rate, libtorrent_settings, uses_pex
 from modelp2p.protocol.engine_wire import (
@@ -48,6 +49,7 @@ from modelp2p.protocol.engine_wire import (
     PeerStatus,
     PiecesFinished,
     Remove,
+    Removed,
     SetLimits,
     SetPiecePriorities,
     SetWanted,
@@ -95,6 +97,7 @@ class Session:
     """
 
     def __init__(self, settings: EngineSettings) -> None:
+        self._farewells: list[Event] = []
         self._pex = uses_pex(settings)
         self._torrents: dict[bytes, _Torrent] = {}
         self._wake, self._woken_by = socket.socketpair()
@@ -151,6 +154,7 @@ class Session:
                 pass
         except BlockingIOError:
             pass
+        farewells, self._farewells = self._farewells, []
         copies = [copied for alert in self._lt.pop_alerts() if (copied := copy_alert(alert)) is not None]
         finished: dict[bytes, list[int]] = {}
         for copied in copies:
@@ -158,6 +162,7 @@ class Session:
                 finished.setdefault(copied.info_hash, []).extend(self._news(copied))
         # First, so that whoever hears `Flushed` or `TransferFinished` has heard of every piece before it.
         yield from (PiecesFinished(info_hash, tuple(pieces)) for info_hash, pieces in finished.items() if pieces)
+        yield from farewells
         for copied in copies:
             match copied:
                 case PiecesFinished():
@@ -257,6 +262,10 @@ class Session:
     def _perform(self, info_hash: bytes, torrent: _Torrent, handle: lt.torrent_handle, command: Command) -> None:
         match command:
             case Remove():
+                # Status comes once a second, so the last second of a transfer would go uncounted.
+                status = self._with_peers(status_of(handle.status(0)))
+                counts = (status.payload_down, status.payload_up, status.web_down, status.wasted)
+                self._farewells.append(Removed(info_hash, *counts))
                 del self._torrents[info_hash]
                 self._lt.remove_torrent(handle)
             case Connect(peers=peers):
