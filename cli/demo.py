@@ -225,8 +225,8 @@ def _show(app: App, facts: Mapping[str, Any]) -> None:
     )
     plain = bool(os.environ.get("NO_COLOR")) or not sys.stdout.isatty()
 
-    def styled(text: str, **style: Any) -> str:
-        return text if plain else click.style(text, **style)
+    def styled(text: str, *, fg: str | None = None, bold: bool = False, dim: bool = False) -> str:
+        return text if plain else click.style(text, fg=fg, bold=bold, dim=dim)
 
     width = max(len(label) for label, _ in rows)
     rule = styled("-" * 78, dim=True)

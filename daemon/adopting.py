@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import trio
 
 from modelp2p.daemon.beneath import open_beneath
+from modelp2p.daemon.comparing import compare_pieces
 from modelp2p.daemon.diskerror import on_disk
-from modelp2p.daemon.folder import ReleaseFolder
-from modelp2p.daemon.hashing import HashPool
 from modelp2p.daemon.linking import OWN_INODE_WAYS, place_copy
-from modelp2p.daemon.requests import Emit
 from modelp2p.protocol.errors import UsageError
-from modelp2p.protocol.manifest import FileEntry
-from modelp2p.protocol.merkle import HASH_BYTES
 from modelp2p.protocol.ranges import Ranges
 
+if TYPE_CHECKING:
+    from modelp2p.daemon.folder import ReleaseFolder
+    from modelp2p.daemon.hashing import HashPool
+    from modelp2p.daemon.requests import Emit
+    from modelp2p.protocol.manifest import FileEntry
+
 MAX_CANDIDATES = 100_000
-_PIECES_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ async def adopt_files(pool: HashPool, folder: ReleaseFolder, wanted: tuple[str, 
             try:
                 if stat.S_ISREG(os.fstat(fd).st_mode):
                     await trio.to_thread.run_sync(take_in, folder, path, fd)
-                    good += await _prove(pool, folder, path, lambda count: emit({"phase": "checking", "done": done + count, "total": total}))  # noqa: B023  # called at once
+                    good += await prove_staged(pool, folder, path, emit, done, total)
             finally:
                 os.close(fd)
         done += entry.size
@@ -71,10 +72,30 @@ async def adopt_files(pool: HashPool, folder: ReleaseFolder, wanted: tuple[str, 
     return good
 
 
-async def prove_staged(pool: HashPool, folder: ReleaseFolder, path: str, emit: Emit) -> int:
-    """Prove whatever lies in the engine's folder under `path`; returns the bytes found good."""
-    size = folder.release.pieces.size(path)
-    return await _prove(pool, folder, path, lambda count: emit({"phase": "checking", "done": count, "total": size}))
+async def prove_staged(pool: HashPool, folder: ReleaseFolder, path: str, emit: Emit, done: int, total: int) -> int:
+    """Prove and journal whatever good pieces lie in the engine's folder under `path`. Returns their bytes.
+
+    Args:
+        pool: hashes them.
+        folder: of the release.
+        path: the staged file.
+        emit: told the progress, `done` bytes of `total` being behind already.
+        done: see `emit`.
+        total: see `emit`.
+    """
+    pieces = folder.release.pieces
+    first, good = pieces.first(path), 0
+    fd = folder.open_staged(path)
+    try:
+        async for batch in compare_pieces(pool, folder.release, path, fd):
+            if batch.good:
+                matching = Ranges.of_ints(first + piece for piece in batch.good)
+                await trio.to_thread.run_sync(folder.sync_proven, matching)
+                good += sum(pieces.locate(piece).length for piece in matching.ints())
+            emit({"phase": "checking", "done": done + batch.end, "total": total})
+    finally:
+        os.close(fd)
+    return good
 
 
 def take_in(folder: ReleaseFolder, path: str, fd: int) -> None:
@@ -141,31 +162,3 @@ def _pick(entry: FileEntry, found: list[_Candidate]) -> _Candidate | None:
 
 def _may_be(entry: FileEntry, name: str, missing: int) -> bool:
     return missing == 1 or any(name.startswith(known) for known in _names_of(entry))
-
-
-async def _prove(pool: HashPool, folder: ReleaseFolder, path: str, tell: Callable[[int], None]) -> int:
-    release = folder.release
-    pieces, entry = release.pieces, release.manifest.file(path)
-    first, count = pieces.first(path), pieces.count(path)
-    expected = release.layers.of(entry)
-    good = 0
-    fd = folder.open_staged(path)
-    try:
-        for begin in range(0, count, _PIECES_AT_ONCE):
-            some = min(_PIECES_AT_ONCE, count - begin)
-            hashes = await pool.hash_pieces(
-                fd, file_size=entry.size, piece_length=pieces.piece_length, first=begin, count=some
-            )
-            matching = [
-                first + begin + index
-                for index in range(some)
-                if hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES]
-                == expected[(begin + index) * HASH_BYTES : (begin + index + 1) * HASH_BYTES]
-            ]
-            if matching:
-                await trio.to_thread.run_sync(folder.sync_proven, Ranges.of_ints(matching))
-                good += sum(pieces.locate(piece).length for piece in matching)
-            tell(min(entry.size, (begin + some) * pieces.piece_length))
-    finally:
-        os.close(fd)
-    return good

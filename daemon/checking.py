@@ -7,27 +7,28 @@ moved over by rename, so a reader of the old inode keeps what it had and a borro
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import trio
 
 from modelp2p.daemon.adopting import prove_staged, take_in
 from modelp2p.daemon.beneath import open_beneath
+from modelp2p.daemon.comparing import compare_pieces
 from modelp2p.daemon.fetch import fetch
 from modelp2p.daemon.folder import ReleaseFolder
-from modelp2p.daemon.library import Entry
 from modelp2p.daemon.node import Node, pieces_of
 from modelp2p.daemon.requests import Emit, FetchRequest, Target
 from modelp2p.protocol import layout
-from modelp2p.protocol.codec import Map, Value
 from modelp2p.protocol.errors import ModelP2PError, NotFoundError
-from modelp2p.protocol.links import PeerAddress
-from modelp2p.protocol.merkle import HASH_BYTES
 from modelp2p.protocol.names import NameRef
+
+if TYPE_CHECKING:
+    from modelp2p.daemon.library import Entry
+    from modelp2p.protocol.codec import Map, Value
+    from modelp2p.protocol.links import PeerAddress
 
 Bad = tuple[str, int]
 """Path and piece number within the file; -1 where the whole file is gone or has another length."""
-_PIECES_AT_ONCE = 64
 
 
 async def verify_release(
@@ -101,27 +102,12 @@ async def _find_bad(node: Node, folder: ReleaseFolder, paths: tuple[str, ...], e
             if size != entry.size:
                 bad.append((path, -1))
             else:
-                bad += await _bad_pieces(node, folder, path, fd, lambda count: emit({"phase": "checking", "done": done + count, "total": total}))  # noqa: B023  # called before `done` moves
+                async for batch in compare_pieces(node.pool, release, path, fd):
+                    bad += [(path, piece) for piece in batch.bad]
+                    emit({"phase": "checking", "done": done + batch.end, "total": total})
         finally:
             os.close(fd)
         done += entry.size
-    return bad
-
-
-async def _bad_pieces(node: Node, folder: ReleaseFolder, path: str, fd: int, tell: Callable[[int], None]) -> list[Bad]:
-    release = folder.release
-    entry, count = release.manifest.file(path), release.pieces.count(path)
-    expected = release.layers.of(entry)
-    bad: list[Bad] = []
-    for begin in range(0, count, _PIECES_AT_ONCE):
-        some = min(_PIECES_AT_ONCE, count - begin)
-        length = release.pieces.piece_length
-        hashes = await node.pool.hash_pieces(fd, file_size=entry.size, piece_length=length, first=begin, count=some)
-        for index in range(some):
-            at = (begin + index) * HASH_BYTES
-            if hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES] != expected[at : at + HASH_BYTES]:
-                bad.append((path, begin + index))
-        tell(min(entry.size, (begin + some) * length))
     return bad
 
 
@@ -141,7 +127,7 @@ async def _set_aside(node: Node, folder: ReleaseFolder, damaged: tuple[str, ...]
             if fd is not None:
                 os.close(fd)
         if rescue and fd is not None:
-            await prove_staged(node.pool, folder, path, emit)
+            await prove_staged(node.pool, folder, path, emit, 0, release.pieces.size(path))
     await trio.to_thread.run_sync(folder.save_record)
 
 

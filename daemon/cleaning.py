@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import trio
 
 from modelp2p.daemon.folder import ReleaseFolder
-from modelp2p.daemon.library import Entry
-from modelp2p.daemon.node import Node
 from modelp2p.daemon.publishing import STAGING_PREFIX
 from modelp2p.protocol import layout
-from modelp2p.protocol.codec import Map, Value
+
+if TYPE_CHECKING:
+    from modelp2p.daemon.library import Entry
+    from modelp2p.daemon.node import Node
+    from modelp2p.protocol.codec import Map, Value
 
 
 async def remove_release(node: Node, entry: Entry) -> Map:
@@ -90,5 +93,3 @@ def _bytes_of(node: Node, path: str) -> int:
                 continue
             total += stat.st_blocks * 512 if stat.st_nlink == 1 else 0
     return total
-
-

@@ -20,15 +20,17 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from modelp2p.daemon.lock import read_lock
 from modelp2p.protocol import control
-from modelp2p.protocol.codec import Map
 from modelp2p.protocol.control import Event, Failure, Hello, Message, Request, Result
 from modelp2p.protocol.errors import DaemonError, FormatError, ModelP2PError, error_of
 from modelp2p.protocol.framing import FrameDecoder
 from modelp2p.protocol.layout import LOCK
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.codec import Map
 
 CONNECT_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 60.0
@@ -154,9 +156,7 @@ class Client:
         """Pid of the daemon this client brought, or None."""
         return self._started.pid if self._started else None
 
-    def call(
-        self, verb: str, args: Map, fds: Sequence[int] = (), on_event: Callable[[Map], None] | None = None
-    ) -> Reply:
+    def call(self, verb: str, args: Map, fds: Sequence[int] = (), on_event: Callable[[Map], None] | None = None) -> Reply:
         """Ask `verb` and wait for its result, handing each event to `on_event` as it comes.
 
         Raises:

@@ -261,18 +261,17 @@ class _Connection:
         return bool(data)
 
 
-class _deadline:  # noqa: N801  # used like a function
+class _deadline:  # used like a function
     """Turns a stall of `REQUEST_TIMEOUT_S` into an error that costs the peer its connection."""
 
     def __enter__(self) -> None:
         self._scope = trio.move_on_after(control.REQUEST_TIMEOUT_S)
         self._scope.__enter__()
 
-    def __exit__(self, *exc_info: object) -> bool:
-        handled = self._scope.__exit__(*exc_info)  # type: ignore[arg-type]  # the three values python passes
+    def __exit__(self, *exc_info: object) -> None:
+        self._scope.__exit__(*exc_info)  # type: ignore[arg-type]  # the three values python passes
         if self._scope.cancelled_caught:
             raise FormatError(f"a control client stalled for {control.REQUEST_TIMEOUT_S} s in the middle of a message")
-        return handled
 
 
 def _peer_uid(connection: trio.socket.SocketType) -> int:

@@ -12,26 +12,29 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import trio
 
 from modelp2p.daemon.adopting import Source, adopt_files
 from modelp2p.daemon.folder import ReleaseFolder
 from modelp2p.daemon.manifest_swarm import fetch_statement
-from modelp2p.daemon.node import Node, Shared
-from modelp2p.daemon.requests import Emit, FetchRequest, Target
 from modelp2p.daemon.space import free_bytes
 from modelp2p.daemon.transfer import Transfer
 from modelp2p.protocol import engine_wire as wire
-from modelp2p.protocol.codec import Map, Value
 from modelp2p.protocol.errors import ModelP2PError, NoSpaceError, PolicyError, UsageError
 from modelp2p.protocol.fetching import wanted_paths
 from modelp2p.protocol.journal import Selection
 from modelp2p.protocol.kinds import kind_of
-from modelp2p.protocol.links import Link
-from modelp2p.protocol.names import PublisherId
 from modelp2p.protocol.statement import Release, Statement, verify_statement
 from modelp2p.protocol.trust import admit, check_no_rival
+
+if TYPE_CHECKING:
+    from modelp2p.daemon.node import Node, Shared
+    from modelp2p.daemon.requests import Emit, FetchRequest, Target
+    from modelp2p.protocol.codec import Map, Value
+    from modelp2p.protocol.links import Link
+    from modelp2p.protocol.names import PublisherId
 
 log = logging.getLogger(__name__)
 
@@ -246,7 +249,7 @@ class _Work:
         return adopted
 
     async def _transfer(self) -> None:
-        shared, config = self.shared, self.node.config
+        shared = self.shared
         shared.max_up, shared.max_down = self.request.max_up, self.request.max_down
         shared.error = ""
         transfer = Transfer(

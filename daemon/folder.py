@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from modelp2p.daemon.beneath import make_dirs_beneath, open_beneath, parent_beneath
 from modelp2p.daemon.diskerror import on_disk
@@ -24,13 +24,15 @@ from modelp2p.daemon.files import check_staging, create_staging, finish_file, fs
 from modelp2p.daemon.journal import Journal
 from modelp2p.daemon.linking import link_visible
 from modelp2p.daemon.space import free_bytes
-from modelp2p.daemon.store import Store
 from modelp2p.protocol import layout
 from modelp2p.protocol.errors import CorruptError, NoSpaceError, NotFoundError
 from modelp2p.protocol.journal import Completed, FileDone, FileGone, FileStamp, JournalState, Lost, Proven, Selection
 from modelp2p.protocol.ranges import Ranges
 from modelp2p.protocol.record import FileRecord, ReleaseRecord
-from modelp2p.protocol.statement import Release
+
+if TYPE_CHECKING:
+    from modelp2p.daemon.store import Store
+    from modelp2p.protocol.statement import Release
 
 
 class ReleaseFolder:
@@ -197,17 +199,13 @@ class ReleaseFolder:
             os.close(fd)
         with parent_beneath(self.store.fd, f"{self._data}/{path}") as (parent, _):
             fsync_dir(parent)
-        stamp = link_visible(
-            self.store.fd, f"{self._data}/{path}", self.store.fd, f"{self._tree}/{path}", replace=replace
-        )
+        stamp = link_visible(self.store.fd, f"{self._data}/{path}", self.store.fd, f"{self._tree}/{path}", replace=replace)
         self._journal.append(FileDone(path, stamp, borrowed))
 
     def share(self, path: str, other: ReleaseFolder, other_path: str) -> None:
         """Take a file that another release here holds whole: one more name for its inode, in the visible tree only."""
         source = other.state.files[other_path]
-        stamp = link_visible(
-            self.store.fd, f"{other._tree}/{other_path}", self.store.fd, f"{self._tree}/{path}", replace=True
-        )
+        stamp = link_visible(self.store.fd, f"{other._tree}/{other_path}", self.store.fd, f"{self._tree}/{path}", replace=True)
         owned = self.release.pieces.pieces_of(path)
         proven = [Proven(Ranges.span(owned.start, owned.stop))] if owned else []
         self._journal.append(*proven, FileDone(path, stamp, source.borrowed))
@@ -259,9 +257,7 @@ class ReleaseFolder:
             if path in release.manifest
         }
         everything = len(files) == len(release.manifest.files)
-        self.store.save_record(
-            ReleaseRecord(release.info_hash, release.manifest.revision, tuple(digests), everything, files)
-        )
+        self.store.save_record(ReleaseRecord(release.info_hash, release.manifest.revision, tuple(digests), everything, files))
 
     # Watching what was finished
 
@@ -316,7 +312,10 @@ class ReleaseFolder:
         self.store.remove(f"{self._data}/{path}")
 
     def _create_sparse(self, path: str, size: int) -> None:
-        with parent_beneath(self.store.fd, f"{self._data}/{path}", make=0o700) as (parent, name), on_disk(f"cannot create '{path}'"):
+        with (
+            parent_beneath(self.store.fd, f"{self._data}/{path}", make=0o700) as (parent, name),
+            on_disk(f"cannot create '{path}'"),
+        ):
             fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=parent)
             try:
                 os.ftruncate(fd, size)

@@ -10,13 +10,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from modelp2p.daemon.store import Store
 from modelp2p.protocol.errors import EquivocationError, ModelP2PError, NotFoundError, UnknownPublisherError, UsageError
-from modelp2p.protocol.links import Link
-from modelp2p.protocol.names import ModelName, NameRef, PublisherId, Revision
 from modelp2p.protocol.statement import Release, Statement, verify_statement
-from modelp2p.protocol.trust import TrustBook
+
+if TYPE_CHECKING:
+    from modelp2p.daemon.store import Store
+    from modelp2p.protocol.links import Link
+    from modelp2p.protocol.names import ModelName, NameRef, PublisherId, Revision
+    from modelp2p.protocol.trust import TrustBook
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +148,9 @@ class Library:
 
     def _named(self, ref: NameRef) -> list[Entry]:
         return [
-            e for e in self._entries.values() if e.name == ref.name and (ref.revision is None or e.revision.startswith(ref.revision))
+            e
+            for e in self._entries.values()
+            if e.name == ref.name and (ref.revision is None or e.revision.startswith(ref.revision))
         ]
 
 

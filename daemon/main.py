@@ -92,9 +92,7 @@ async def _run(home: Path, config: Config, given: Surroundings) -> int:
     with on_disk(f"cannot make the home {home}"):
         (home / layout.RUN).mkdir(mode=0o700, parents=True, exist_ok=True)
     address = _socket_path(home, given)
-    lock = HomeLock.acquire(
-        home / layout.LOCK, this_daemon(str(address), pid=os.getpid(), host=socket.gethostname())
-    )
+    lock = HomeLock.acquire(home / layout.LOCK, this_daemon(str(address), pid=os.getpid(), host=socket.gethostname()))
     with lock:
         store = Store.open(home)
         try:

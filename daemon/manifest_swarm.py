@@ -7,17 +7,20 @@ believed, and libtorrent's word that they are complete is not needed. Names and 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import trio
 
 from modelp2p.daemon.beneath import make_dirs_beneath, open_beneath
-from modelp2p.daemon.store import Store
-from modelp2p.daemon.swarm import Swarm
 from modelp2p.protocol import engine_wire as wire
 from modelp2p.protocol import layout
 from modelp2p.protocol.errors import FormatError, ModelP2PError, TimedOutError
-from modelp2p.protocol.links import Link, PeerAddress
 from modelp2p.protocol.statement import FILE_LIMITS, FILE_NAMES, Statement
+
+if TYPE_CHECKING:
+    from modelp2p.daemon.store import Store
+    from modelp2p.daemon.swarm import Swarm
+    from modelp2p.protocol.links import Link, PeerAddress
 
 _LOOK_S = 0.1
 """How often the few KiB are looked at once the engine says they are there; its cache reaches the file within 0.5 s."""
@@ -35,9 +38,7 @@ async def fetch_statement(
 ) -> Statement:
     """The statement `link` pins.
 
-    Args:
-        events: the swarm's events about `link.manifest_hash`, and the engine's own.
-        timeout_s: seconds without any sign of progress.
+    `events` carries the swarm's events about `link.manifest_hash` and the engine's own; `timeout_s` counts without any progress.
 
     Raises:
         TimedOutError: no peer had it in time.
@@ -46,9 +47,7 @@ async def fetch_statement(
     """
     folder = layout.data_of(link.manifest_hash)
     make_dirs_beneath(store.fd, folder, mode=0o700)
-    spec = wire.MagnetSpec(
-        link.manifest_hash, str(store.path(folder)), tuple(wire.Peer(p.host, p.port) for p in peers), trackers
-    )
+    spec = wire.MagnetSpec(link.manifest_hash, str(store.path(folder)), tuple(wire.Peer(p.host, p.port) for p in peers), trackers)
     await swarm.add_magnet(spec)
     try:
         while True:

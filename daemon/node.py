@@ -13,24 +13,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import trio
 
-from modelp2p.daemon.config import Config
 from modelp2p.daemon.folder import ReleaseFolder
-from modelp2p.daemon.hashing import HashPool
-from modelp2p.daemon.library import Entry, Library
-from modelp2p.daemon.store import Store
-from modelp2p.daemon.swarm import Swarm
 from modelp2p.daemon.transfer import Traffic, Transfer
 from modelp2p.protocol import engine_wire as wire
 from modelp2p.protocol import layout
 from modelp2p.protocol.errors import ModelP2PError
-from modelp2p.protocol.links import PeerAddress
 from modelp2p.protocol.ranges import Ranges
 from modelp2p.protocol.statement import FILE_NAMES, Release
 from modelp2p.protocol.torrent import MANIFEST_PIECE_BYTES, PieceMap, torrent_bytes
-from modelp2p.protocol.trust import TrustBook
+
+if TYPE_CHECKING:
+    from modelp2p.daemon.config import Config
+    from modelp2p.daemon.hashing import HashPool
+    from modelp2p.daemon.library import Entry, Library
+    from modelp2p.daemon.store import Store
+    from modelp2p.daemon.swarm import Swarm
+    from modelp2p.protocol.links import PeerAddress
+    from modelp2p.protocol.trust import TrustBook
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +78,9 @@ class Shared:
 class Node:
     """Everything the verbs share."""
 
-    def __init__(self, store: Store, library: Library, swarm: Swarm, pool: HashPool, config: Config, peers: Iterable[PeerAddress]) -> None:
+    def __init__(
+        self, store: Store, library: Library, swarm: Swarm, pool: HashPool, config: Config, peers: Iterable[PeerAddress]
+    ) -> None:
         self.store = store
         self.library = library
         self.swarm = swarm

@@ -1,4 +1,7 @@
-"""systemd's notification protocol: one datagram to `$NOTIFY_SOCKET`. https://www.freedesktop.org/software/systemd/man/sd_notify.html"""
+"""systemd's notification protocol: one datagram to `$NOTIFY_SOCKET`.
+
+Format: https://www.freedesktop.org/software/systemd/man/sd_notify.html
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import trio
 
@@ -19,8 +19,7 @@ from modelp2p.daemon.publishing import Prepared, prepare
 from modelp2p.daemon.requests import flag, text, texts
 from modelp2p.daemon.sealed import read_sealed, sealed
 from modelp2p.protocol import codec, layout
-from modelp2p.protocol.codec import Map, Value
-from modelp2p.protocol.envelope import MAX_ENVELOPE_BYTES, decode_envelope
+from modelp2p.protocol.envelope import MAX_ENVELOPE_BYTES
 from modelp2p.protocol.errors import FormatError, ModelP2PError, RollbackError, UntrustedError, UsageError
 from modelp2p.protocol.journal import Selection
 from modelp2p.protocol.layers import encode_layers
@@ -29,6 +28,9 @@ from modelp2p.protocol.names import ModelName, PublisherId, Revision, check_publ
 from modelp2p.protocol.publisher import MAX_CHAIN_BYTES
 from modelp2p.protocol.statement import Release, Statement
 from modelp2p.protocol.trust import TrustEntry, check_no_rival
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.codec import Map, Value
 
 _SESSION_KEY = "publish"
 

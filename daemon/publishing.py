@@ -16,6 +16,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -24,7 +25,6 @@ from modelp2p.daemon.diskerror import on_disk
 from modelp2p.daemon.files import temporary_name
 from modelp2p.daemon.hashing import FileToHash, HashPool
 from modelp2p.daemon.linking import place_copy
-from modelp2p.daemon.store import Store
 from modelp2p.protocol import layout, torrent
 from modelp2p.protocol.errors import CorruptError, FormatError, UsageError
 from modelp2p.protocol.fetching import wanted_paths
@@ -34,6 +34,9 @@ from modelp2p.protocol.layers import Layers, make_layers
 from modelp2p.protocol.manifest import GIT_MAX_BYTES, FileEntry, Manifest, Origin, content_revision
 from modelp2p.protocol.paths import check_paths
 from modelp2p.protocol.statement import payload_info
+
+if TYPE_CHECKING:
+    from modelp2p.daemon.store import Store
 
 STAGING_PREFIX = ".publish-"
 _BINARY_PROBE_BYTES = 8000
@@ -68,8 +71,7 @@ async def prepare(
 ) -> Prepared:
     """Take in and hash every regular file below the directory descriptor `source`.
 
-    Args:
-        template: builds the manifest from (files, piece length, info-hash, revision).
+    `template` builds the manifest from (files, piece length, info-hash, revision).
 
     Raises:
         UsageError: nothing to publish, or a link in the folder.
@@ -81,7 +83,9 @@ async def prepare(
     sizes, skipped = await trio.to_thread.run_sync(_list, source)
     chosen = sorted(wanted_paths(sizes, include, exclude), key=lambda path: path.encode("utf-8"))
     if not chosen or not any(sizes[path] for path in chosen):
-        raise UsageError("there is nothing to publish: no file with content was found", hint="Give the folder that holds the model files.")
+        raise UsageError(
+            "there is nothing to publish: no file with content was found", hint="Give the folder that holds the model files."
+        )
     check_paths(chosen)
     staging = f"{layout.DATA}/{temporary_name(STAGING_PREFIX)}"
     make_dirs_beneath(store.fd, staging, mode=0o700)

@@ -1,17 +1,19 @@
-"""What clients ask, decoded from control-socket arguments into values; every bad argument is a `UsageError` before work starts."""
+"""What clients ask, decoded from control-socket arguments; a bad argument is a `UsageError` before work starts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from modelp2p.protocol import codec
 from modelp2p.protocol.codec import Map, Value
 from modelp2p.protocol.errors import FormatError, UsageError
 from modelp2p.protocol.links import Link, PeerAddress, parse_link
 from modelp2p.protocol.names import BundleRef, LinkRef, NameRef, parse_ref
-from modelp2p.protocol.statement import Statement
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.statement import Statement
 
 Emit = Callable[[Map], None]
 """Where a verb tells its progress; a map with `phase` and what fits it (docs/PROTOCOL.md)."""
@@ -68,7 +70,20 @@ class FetchRequest:
     def decode(cls, args: Map, target: Target, default_timeout_s: float) -> FetchRequest:
         """The request in `args`; unknown arguments are refused, so that a misspelt one is not ignored."""
         known = frozenset(
-            "ref bundle include exclude peers timeout_s dry_run allow_code seed detach max_up max_down".split()
+            [
+                "ref",
+                "bundle",
+                "include",
+                "exclude",
+                "peers",
+                "timeout_s",
+                "dry_run",
+                "allow_code",
+                "seed",
+                "detach",
+                "max_up",
+                "max_down",
+            ]
         )
         for key in args:
             if key not in known:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -17,16 +18,18 @@ from modelp2p.daemon.cleaning import collect_garbage, remove_release
 from modelp2p.daemon.config import config_to_toml
 from modelp2p.daemon.control import Answer, Call
 from modelp2p.daemon.fetch import detached, fetch, resolve, statement_of, verify
-from modelp2p.daemon.library import Entry
-from modelp2p.daemon.node import Node
 from modelp2p.daemon.requests import FetchRequest, Target, flag, peers, rate, text, texts
 from modelp2p.daemon.sealed import read_sealed, sealed
 from modelp2p.protocol import layout
-from modelp2p.protocol.codec import Map, Value
 from modelp2p.protocol.errors import NotFoundError, UsageError
 from modelp2p.protocol.names import check_publisher_id
 from modelp2p.protocol.statement import MAX_BUNDLE_BYTES, decode_bundle, encode_bundle
 from modelp2p.protocol.trust import TrustEntry, admit
+
+if TYPE_CHECKING:
+    from modelp2p.daemon.library import Entry
+    from modelp2p.daemon.node import Node
+    from modelp2p.protocol.codec import Map, Value
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +78,9 @@ class Service:
         """
         verb = self._verbs.get(call.verb)
         if verb is None:
-            raise UsageError(f"the daemon does not know the verb '{call.verb[:60]}'", hint="Client and daemon may differ in version.")
+            raise UsageError(
+                f"the daemon does not know the verb '{call.verb[:60]}'", hint="Client and daemon may differ in version."
+            )
         return await verb(call)
 
     async def _fetch(self, call: Call) -> Answer:

@@ -13,18 +13,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from modelp2p.daemon.beneath import make_dirs_beneath, open_beneath, remove_tree_beneath
 from modelp2p.daemon.diskerror import on_disk
 from modelp2p.daemon.files import atomic_symlink, fsync_dir, temporary_name, write_atomic
 from modelp2p.protocol import layout
 from modelp2p.protocol.errors import NotFoundError, StoreError
-from modelp2p.protocol.names import ModelName, PublisherId
 from modelp2p.protocol.publisher import MAX_CHAIN_BYTES, RootChain, decode_chain, encode_chain
 from modelp2p.protocol.record import MAX_RECORD_BYTES, ReleaseRecord, decode_record, encode_record
 from modelp2p.protocol.statement import FILE_LIMITS, Statement
 from modelp2p.protocol.trust import MAX_BOOK_BYTES, TrustBook, decode_book, encode_book
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.names import ModelName, PublisherId
 
 _VISIBLE = (layout.STORE, layout.MANIFESTS, layout.MODELS, layout.TRUST)
 _BOOK = "book"
@@ -97,9 +99,7 @@ class Store:
         Raises:
             NotFoundError: there is no such statement.
         """
-        parts = {
-            name: self._read(f"{layout.statement_of(digest)}/{name}", FILE_LIMITS[name]) for name in FILE_LIMITS
-        }
+        parts = {name: self._read(f"{layout.statement_of(digest)}/{name}", FILE_LIMITS[name]) for name in FILE_LIMITS}
         return Statement(parts["manifest"], parts["layers"], parts["publisher"])
 
     def statement_digests(self) -> Iterator[bytes]:
@@ -139,9 +139,7 @@ class Store:
 
     def model_path(self, name: ModelName, publisher: PublisherId, revision: str, *, named: bool) -> Path:
         """Where a release is or would be visible."""
-        return self.path(
-            layout.model_of(name, revision) if named else layout.unnamed_model_of(publisher, name, revision)
-        )
+        return self.path(layout.model_of(name, revision) if named else layout.unnamed_model_of(publisher, name, revision))
 
     def hide_model(self, path: Path) -> None:
         """Remove a visible path and the folders it leaves empty."""

@@ -13,19 +13,22 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 import trio
 
-from modelp2p.daemon.folder import ReleaseFolder
-from modelp2p.daemon.hashing import HashPool
 from modelp2p.daemon.hashpool import StateLostError
-from modelp2p.daemon.swarm import Swarm
 from modelp2p.protocol import engine_wire as wire
 from modelp2p.protocol import fetching
 from modelp2p.protocol.errors import CorruptError, ModelP2PError, NoSpaceError, PolicyError, StoreError
 from modelp2p.protocol.fetching import FetchMachine
 from modelp2p.protocol.kinds import HEAD_BYTES, contradiction
-from modelp2p.protocol.ranges import Ranges
+
+if TYPE_CHECKING:
+    from modelp2p.daemon.folder import ReleaseFolder
+    from modelp2p.daemon.hashing import HashPool
+    from modelp2p.daemon.swarm import Swarm
+    from modelp2p.protocol.ranges import Ranges
 
 log = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""protocol"""
+"""Pure formats and rules: bytes and values, no I/O."""

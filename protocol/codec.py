@@ -18,7 +18,7 @@ import msgpack
 
 from modelp2p.protocol.errors import FormatError
 
-Value: TypeAlias = "None | bool | int | str | bytes | list[Value] | dict[str, Value]"
+Value: TypeAlias = "bool | int | str | bytes | list[Value] | dict[str, Value] | None"
 Map: TypeAlias = "dict[str, Value]"
 
 # Deepest value of ours is 5 (manifest > files > entry > field); 16 leaves room and stays far below the C stack.
@@ -131,7 +131,7 @@ def only_fields(source: Mapping[str, Value], allowed: frozenset[str], where: str
             raise FormatError(f"{where}: unknown field '{key}'")
 
 
-def _decode(data: bytes | memoryview, max_bytes: int) -> Any:
+def _decode(data: bytes | memoryview, max_bytes: int) -> Any:  # noqa: ANN401  # what strangers sent has no type yet
     if len(data) > max_bytes:
         raise FormatError(f"message of {len(data)} bytes exceeds the limit of {max_bytes}", size=len(data), limit=max_bytes)
     try:
@@ -149,7 +149,7 @@ def _decode(data: bytes | memoryview, max_bytes: int) -> Any:
         raise FormatError(f"not valid msgpack: {exc or type(exc).__name__}") from exc
 
 
-def _sorted(value: Any, depth: int) -> Any:
+def _sorted(value: Any, depth: int) -> Any:  # noqa: ANN401  # checked case by case below
     if depth == 0:
         raise ValueError("nested too deeply")
     match value:
@@ -180,5 +180,5 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     return result
 
 
-def _no_extension(code: int, data: bytes) -> Any:
+def _no_extension(code: int, data: bytes) -> object:
     raise ValueError(f"extension type {code} is not carried")

@@ -10,12 +10,14 @@ frame whose `fds` counts them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias, assert_never, cast
+from typing import TYPE_CHECKING, TypeAlias, assert_never, cast
 
 from modelp2p.protocol import codec
-from modelp2p.protocol.codec import Map
 from modelp2p.protocol.errors import DaemonError, Fact, FormatError, ModelP2PError, error_of
 from modelp2p.protocol.framing import encode_frame
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.codec import Map
 
 MAX_FRAME_BYTES = 1 << 20
 MAX_FDS = 64

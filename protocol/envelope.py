@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from modelp2p.protocol import codec
-from modelp2p.protocol.codec import Map
 from modelp2p.protocol.errors import FormatError
 from modelp2p.protocol.manifest import MAX_MANIFEST_BYTES
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.codec import Map
 
 PAYLOAD_TYPE = "application/vnd.modelp2p.manifest+msgpack;v=1"
 MAX_SIGNATURES = 16

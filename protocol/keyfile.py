@@ -10,15 +10,18 @@ Pure: bytes in, bytes out. Reading, writing and permissions belong to the comman
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 
 from modelp2p.protocol import codec
-from modelp2p.protocol.codec import Map
 from modelp2p.protocol.errors import DeniedError, FormatError
 from modelp2p.protocol.signing import KEY_BYTES, PrivateKey, PublicKey
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.codec import Map
 
 MAGIC = b"MP2PKEY\n"
 MAX_KEYFILE_BYTES = 4096

@@ -1,19 +1,22 @@
 """The `layers` file: every piece layer of a release, so that pieces are checked before any peer is believed.
 
 Byte form (DESIGN 10): canonical msgpack map from root (bin, 32 bytes) to its piece layer (bin), sorted by root, only for files
-larger than the piece length. A smaller file has no layer: its one piece hash is its root. Each layer must hash to the root that the
-signed manifest names, so the file itself needs no signature.
+larger than the piece length. A smaller file has no layer: its one piece hash is its root. Each layer must hash to the root
+that the signed manifest names, so the file itself needs no signature.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from modelp2p.protocol import codec
 from modelp2p.protocol.errors import FormatError
-from modelp2p.protocol.manifest import FileEntry, Manifest
 from modelp2p.protocol.merkle import pieces_in, root_of_layer
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.manifest import FileEntry, Manifest
 
 HASH_BYTES = 32
 MAX_LAYERS_BYTES = 72 << 20

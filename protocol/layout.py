@@ -15,7 +15,10 @@ run/                                      0700  lock, and the socket where no ru
 
 from __future__ import annotations
 
-from modelp2p.protocol.names import ModelName, PublisherId
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.names import ModelName, PublisherId
 
 HOME_VERSION = 1
 DATA, STORE, MANIFESTS, MODELS, JOURNAL, TRUST, KEYS, RUN = (

@@ -14,16 +14,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from modelp2p.protocol import codec
-from modelp2p.protocol.codec import Map, Value
 from modelp2p.protocol.errors import FormatError
 from modelp2p.protocol.kinds import FileKind
 from modelp2p.protocol.names import ModelName, Revision, check_revision
 from modelp2p.protocol.paths import MAX_FILES, check_paths
 from modelp2p.protocol.text import printable
 from modelp2p.protocol.torrent import piece_length_for
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.codec import Map, Value
 
 VERSION = 1
 MAX_MANIFEST_BYTES = 4 << 20
@@ -202,10 +204,26 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 _FIELDS = frozenset(
-    "v name revision created sequence info_hash piece_length files license license_file lineage origin web_seeds trackers "
-    "notes critical".split()
+    [
+        "v",
+        "name",
+        "revision",
+        "created",
+        "sequence",
+        "info_hash",
+        "piece_length",
+        "files",
+        "license",
+        "license_file",
+        "lineage",
+        "origin",
+        "web_seeds",
+        "trackers",
+        "notes",
+        "critical",
+    ]
 )
-_FILE_FIELDS = frozenset("path size root sha256 etag git_sha1 kind".split())
+_FILE_FIELDS = frozenset(["path", "size", "root", "sha256", "etag", "git_sha1", "kind"])
 
 
 def decode_manifest(data: bytes) -> Manifest:

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from modelp2p.protocol import codec
-from modelp2p.protocol.codec import Map, Value
 from modelp2p.protocol.errors import FormatError
 from modelp2p.protocol.manifest import MAX_LIST
 from modelp2p.protocol.names import Revision, check_revision
 from modelp2p.protocol.paths import MAX_FILES, check_path
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.codec import Map, Value
 
 MAGIC = b"MP2PRECD"
 VERSION = 1

@@ -8,6 +8,7 @@ Whether this node *believes* that publisher for that name is a question of `trus
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from modelp2p.protocol import codec, torrent
 from modelp2p.protocol.envelope import MAX_ENVELOPE_BYTES, decode_envelope, envelope_digest
@@ -15,9 +16,11 @@ from modelp2p.protocol.errors import FormatError, UntrustedError
 from modelp2p.protocol.layers import MAX_LAYERS_BYTES, Layers, decode_layers
 from modelp2p.protocol.links import Link, PeerAddress
 from modelp2p.protocol.manifest import FileEntry, Manifest, decode_manifest
-from modelp2p.protocol.names import PublisherId
 from modelp2p.protocol.publisher import MAX_CHAIN_BYTES, RootChain, decode_chain, newer_chain
 from modelp2p.protocol.torrent import PieceMap
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.names import PublisherId
 
 BUNDLE_VERSION = 1
 MAX_BUNDLE_BYTES = MAX_ENVELOPE_BYTES + MAX_LAYERS_BYTES + MAX_CHAIN_BYTES + 1024

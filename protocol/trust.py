@@ -9,14 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from modelp2p.protocol import codec
-from modelp2p.protocol.codec import Map, Value
 from modelp2p.protocol.errors import FormatError, UnknownPublisherError, UntrustedError, UsageError
-from modelp2p.protocol.links import Link
 from modelp2p.protocol.names import ModelName, PublisherId, check_publisher_id
-from modelp2p.protocol.statement import Release
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.codec import Map, Value
+    from modelp2p.protocol.links import Link
+    from modelp2p.protocol.statement import Release
 
 BOOK_VERSION = 1
 MAX_ENTRIES = 10_000

@@ -33,7 +33,7 @@ class Done:
 
     @property
     def json(self) -> dict[str, Any]:
-        """stdout as the one JSON object it must be."""
+        """Standard output as the one JSON object it must be."""
         value = json.loads(self.out)
         assert isinstance(value, dict)
         return value

@@ -1,6 +1,6 @@
 """What verification costs on the CPU: our loads beside safetensors and tensorizer, every byte consumed.
 
-    python tests/bench/cpu_load.py --size 512M [--shards 4] [--runs 9] [--folder DIR] [--json FILE]
+    python tests/bench/bench_load.py --size 512M [--shards 4] [--runs 9] [--folder DIR] [--json FILE]
 
 Protocol: one seeded random checkpoint on disk and in the page cache; each run is a new process that imports first, then times
 "load and read every byte" (an int64 sum of each tensor, equal for all or the run fails); the contestants take turns, each
