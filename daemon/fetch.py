@@ -22,6 +22,7 @@ from modelp2p.daemon.manifest_swarm import fetch_statement
 from modelp2p.daemon.space import free_bytes
 from modelp2p.daemon.transfer import Transfer
 from modelp2p.protocol import engine_wire as wire
+from modelp2p.protocol import layout
 from modelp2p.protocol.errors import ModelP2PError, NoSpaceError, PolicyError, UsageError
 from modelp2p.protocol.fetching import wanted_paths
 from modelp2p.protocol.journal import Selection
@@ -144,6 +145,8 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
     release = resolved.release
     allow_code = request.allow_code or node.config.policy.allow_code
     wanted = select(release, request, allow_code=allow_code)
+    if request.dry_run:
+        return await trio.to_thread.run_sync(_plan, node, resolved, wanted)
     shared = node.of(release.info_hash)
     link_peers = node.usable_peers(resolved.link.peers) if resolved.link else ()
     shared.peers = tuple(dict.fromkeys((*shared.peers, *request.peers, *link_peers)))
@@ -152,8 +155,6 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
     async with shared.lock:
         folder = await trio.to_thread.run_sync(ReleaseFolder.open, node.store, release)
         try:
-            if request.dry_run:
-                return _plan(node, folder, resolved, wanted)
             work = _Work(node, shared, folder, request, wanted, allow_code, emit)
             adopted = await work.run(source)
             path = node.store.show_model(
@@ -181,11 +182,18 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
     return result | ({"adopted": adopted} if source is not None else {})
 
 
-def _plan(node: Node, folder: ReleaseFolder, resolved: Resolved, wanted: tuple[str, ...]) -> Map:
+def _plan(node: Node, resolved: Resolved, wanted: tuple[str, ...]) -> Map:
+    """What a fetch would do; writes nothing, so a release that was never begun gets no folder."""
     release = resolved.release
-    files: list[Value] = [
-        {"path": path, "size": release.manifest.file(path).size, "have": folder.proven_bytes((path,))} for path in wanted
-    ]
+    have = dict.fromkeys(wanted, 0)
+    if node.store.path(layout.journal_of(release.info_hash)).exists():
+        folder = ReleaseFolder.open(node.store, release)
+        try:
+            have = {path: folder.proven_bytes((path,)) for path in wanted}
+        finally:
+            folder.close()
+    sizes = {path: release.manifest.file(path).size for path in wanted}
+    files: list[Value] = [{"path": path, "size": sizes[path], "have": have[path]} for path in wanted]
     return {
         "name": str(release.manifest.name),
         "revision": release.manifest.revision,
@@ -193,8 +201,8 @@ def _plan(node: Node, folder: ReleaseFolder, resolved: Resolved, wanted: tuple[s
         "publisher": release.publisher_id,
         "name_verified": resolved.is_named,
         "files": files,
-        "bytes": sum(release.manifest.file(path).size for path in wanted),
-        "needed_bytes": sum(release.manifest.file(path).size for path in wanted) - folder.proven_bytes(wanted),
+        "bytes": sum(sizes.values()),
+        "needed_bytes": sum(sizes.values()) - sum(have.values()),
         "free_bytes": free_bytes(node.store.fd),
     }
 

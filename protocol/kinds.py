@@ -47,11 +47,15 @@ _GGUF_MAGIC = b"GGUF"
 def kind_of(path: str) -> FileKind:
     """The kind a file's name promises; unknown suffixes are `OTHER`."""
     name = path.rsplit("/", 1)[-1].lower()
+    promised = _suffix_kind(name)
+    if promised.executes_code:
+        # Comes first: `tokenizer.pt` is a pickle, whatever else its name says.
+        return promised
     if name.startswith("tokenizer") or name in ("vocab.txt", "vocab.json", "merges.txt", "special_tokens_map.json"):
-        return FileKind.TOKENIZER if not name.endswith((".py", ".pkl", ".bin")) else _suffix_kind(name)
+        return FileKind.TOKENIZER
     if name.startswith(("license", "licence", "notice", "readme")) and "." not in name:
         return FileKind.TEXT
-    return _suffix_kind(name)
+    return promised
 
 
 def contradiction(path: str, head: bytes) -> str:

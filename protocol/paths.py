@@ -24,7 +24,7 @@ _WINDOWS_DEVICES = frozenset(
     | {f"{kind}{digit}" for kind in ("com", "lpt") for digit in (*"0123456789", "\u00b9", "\u00b2", "\u00b3")}
 )
 # A backslash is a separator there, and a colon opens an alternate data stream or a drive.
-_SEPARATORS_ELSEWHERE = frozenset("\\:")
+_SEPARATORS_ELSEWHERE = "\\:"
 
 
 def check_path(path: str) -> str:
@@ -85,10 +85,10 @@ def _objection(component: str) -> str:
         return f"component '{component}' is not a name"
     if len(component.encode("utf-8")) > MAX_COMPONENT_BYTES:
         return f"a component is longer than {MAX_COMPONENT_BYTES} bytes"
-    for character in component:
-        if is_hidden(character):
-            return "it holds a control, bidi or invisible character"
-        if character in _SEPARATORS_ELSEWHERE:
+    if not (component.isascii() and component.isprintable()) and any(is_hidden(character) for character in component):
+        return "it holds a control, bidi or invisible character"
+    for character in _SEPARATORS_ELSEWHERE:
+        if character in component:
             return f"it holds the character '{character}'"
     if component[0] == "-":
         return "a component starts with '-'"

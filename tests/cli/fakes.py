@@ -18,6 +18,7 @@ INFO_HASH = "ab" * 32
 MANIFEST = "cd" * 32
 PUBLISHER = "mp1" + "a" * 52
 LINK = f"magnet:?xt=urn:btmh:1220{INFO_HASH}&dn=lab/model&x.mp={MANIFEST}&x.pub={PUBLISHER}"
+PATH = f"/home/models/lab/model/{REVISION}"
 
 RELEASE: Map = {
     "name": "lab/model",
@@ -33,7 +34,7 @@ RELEASE: Map = {
     "error": "",
 }
 FETCHED: Map = {
-    "path": f"/home/models/lab/model/{REVISION}",
+    "path": PATH,
     "name": "lab/model",
     "revision": REVISION,
     "info_hash": INFO_HASH,
@@ -87,7 +88,7 @@ SHOWN: Map = {
         {"path": "a.safetensors", "size": 3_000_000, "root": "00" * 32, "sha256": "11" * 32, "kind": "weights", "etag": ""}
     ],
     "link": LINK,
-    "path": FETCHED["path"],
+    "path": PATH,
     "statements": 1,
 }
 

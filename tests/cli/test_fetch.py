@@ -12,7 +12,7 @@ import pytest
 
 from modelp2p.cli.progress import Progress, Situation
 from modelp2p.protocol.errors import PolicyError
-from tests.cli.fakes import FETCHED, LINK, PLAN, PUBLISHER, REVISION, FakeDaemon, modelp2p
+from tests.cli.fakes import FETCHED, LINK, PATH, PLAN, PUBLISHER, REVISION, FakeDaemon, modelp2p
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,14 +41,14 @@ def test_quiet_prints_only_the_path(capsys: pytest.CaptureFixture[str]) -> None:
     daemon.is_running = False
     assert modelp2p("fetch", LINK, "-q", daemon=daemon) == 0
     output = capsys.readouterr()
-    assert (output.out, output.err) == (f"{FETCHED['path']}\n", "")
+    assert (output.out, output.err) == (f"{PATH}\n", "")
 
 
 def test_the_result_is_on_stdout_and_says_who_signed(capsys: pytest.CaptureFixture[str]) -> None:
     assert modelp2p("fetch", LINK, daemon=fetching(name_verified=False)) == 0
     output = capsys.readouterr()
     assert output.out.splitlines() == [
-        f"Path:      {FETCHED['path']}",
+        f"Path:      {PATH}",
         f"Release:   lab/model@{REVISION}",
         f"Signed by: {PUBLISHER} (name not verified: nobody is trusted for it here)",
         "Status:    complete: 3.0 MB from peers in 1.5 s, 2.0 MB/s",

@@ -67,7 +67,7 @@ def test_watching_prints_one_object_a_line(monkeypatch: pytest.MonkeyPatch, caps
         if next(naps, "end") == "end":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(status_verb.time, "sleep", sleep)
+    monkeypatch.setattr("time.sleep", sleep)
     assert modelp2p("status", "-w", "--json", daemon=FakeDaemon({"status": STATUS})) == 130
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["node"]["pid"] for line in lines[:3]] == [7, 7, 7]
