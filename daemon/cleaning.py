@@ -61,6 +61,7 @@ def _collect(node: Node, dry_run: bool) -> tuple[list[str], int]:
     store = node.store
     known = {entry.info_hash.hex() for entry in node.library.entries()}
     in_use = {shared.info_hash.hex() for shared in node.shared.values() if shared.lock.locked()}
+    in_use |= {info_hash.hex() for info_hash in node.routed()}
     orphans = [f"{layout.DATA}/{name}" for name in store.names(layout.DATA) if _is_orphan(name, known | in_use)]
     orphans += [f"{layout.STORE}/{name}" for name in store.names(layout.STORE) if name not in known | in_use]
     orphans += [f"{layout.JOURNAL}/{name}" for name in store.names(layout.JOURNAL) if name not in known | in_use]
@@ -78,8 +79,7 @@ def _collect(node: Node, dry_run: bool) -> tuple[list[str], int]:
 
 
 def _is_orphan(name: str, known: set[str]) -> bool:
-    # A name of 64 hex digits that is no known content may be a manifest swarm being fetched right now: those are removed by
-    # their own task, and at the next start by nobody's knowing them.
+    # Folders of manifest swarms being fetched count as known: they have a route, and their own task removes them.
     return name not in known and not name.startswith((STAGING_PREFIX, f".{STAGING_PREFIX}"))
 
 

@@ -146,7 +146,7 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
     allow_code = request.allow_code or node.config.policy.allow_code
     wanted = select(release, request, allow_code=allow_code)
     if request.dry_run:
-        return await trio.to_thread.run_sync(_plan, node, resolved, wanted)
+        return await _plan(node, resolved, wanted)
     shared = node.of(release.info_hash)
     link_peers = node.usable_peers(resolved.link.peers) if resolved.link else ()
     shared.peers = tuple(dict.fromkeys((*shared.peers, *request.peers, *link_peers)))
@@ -182,16 +182,18 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
     return result | ({"adopted": adopted} if source is not None else {})
 
 
-def _plan(node: Node, resolved: Resolved, wanted: tuple[str, ...]) -> Map:
+async def _plan(node: Node, resolved: Resolved, wanted: tuple[str, ...]) -> Map:
     """What a fetch would do; writes nothing, so a release that was never begun gets no folder."""
     release = resolved.release
     have = dict.fromkeys(wanted, 0)
     if node.store.path(layout.journal_of(release.info_hash)).exists():
-        folder = ReleaseFolder.open(node.store, release)
-        try:
-            have = {path: folder.proven_bytes((path,)) for path in wanted}
-        finally:
-            folder.close()
+        # Under the lock: a journal is opened by one task at a time.
+        async with node.of(release.info_hash).lock:
+            folder = await trio.to_thread.run_sync(ReleaseFolder.open, node.store, release)
+            try:
+                have = {path: folder.proven_bytes((path,)) for path in wanted}
+            finally:
+                folder.close()
     sizes = {path: release.manifest.file(path).size for path in wanted}
     files: list[Value] = [{"path": path, "size": sizes[path], "have": have[path]} for path in wanted]
     return {

@@ -30,7 +30,7 @@ from modelp2p.daemon.node import Node
 from modelp2p.daemon.notify import Notifier
 from modelp2p.daemon.publish_verbs import abandon
 from modelp2p.daemon.requests import Target
-from modelp2p.daemon.service import Service
+from modelp2p.daemon.service import Service, entry_of
 from modelp2p.daemon.store import Store
 from modelp2p.daemon.supervisor import EngineFolders, EngineSwarm
 from modelp2p.protocol import layout
@@ -147,8 +147,7 @@ async def _seed_all(node: Node, refs: tuple[str, ...] | None) -> None:
     if refs is None:
         chosen = list(node.shared)
     else:
-        names = [Target.of(ref).name for ref in refs]
-        chosen = [node.library.any_by_name(name).info_hash for name in names if name is not None]
+        chosen = [entry_of(node, Target.of(ref)).info_hash for ref in refs]
     for info_hash in chosen:
         try:
             await node.seed(info_hash)

@@ -143,6 +143,10 @@ class Node:
         """Send events about a torrent, and about the engine, to `route`."""
         self._routes[info_hash] = route
 
+    def routed(self) -> tuple[bytes, ...]:
+        """Every torrent whose events somebody waits for, of statements and contents."""
+        return tuple(self._routes)
+
     def unroute(self, info_hash: bytes) -> None:
         """Stop sending events."""
         self._routes.pop(info_hash, None)

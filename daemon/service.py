@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import trio
@@ -163,8 +162,14 @@ class Service:
             shared = self._node.of(info_hash)
             shared.peers = tuple(dict.fromkeys((*shared.peers, *extra)))
             shared.max_up = rate(call.args, "max_up") or shared.max_up
+            if shared.transfer is not None:
+                # Its route and torrent belong to the fetch, which seeds when it is done.
+                continue
             await self._node.seed(info_hash)
             if shared.is_seeding:
+                # A torrent that was in the swarm before is left as it is by `seed`: tell it what is new.
+                await self._node.swarm.set_limits(info_hash, shared.max_up, shared.max_down)
+                await self._node.swarm.connect(info_hash, self._node.wire_peers(extra))
                 served.append(self._node.library.about(info_hash)[0].ref)
         listening = await self._node.swarm.wait_listening()
         return Answer({"releases": served, "listen_port": listening.port})
@@ -319,19 +324,7 @@ class Service:
         return self._entry_of(self._target(call))
 
     def _entry_of(self, target: Target) -> Entry:
-        """The kept statement a target names; nothing is fetched."""
-        library = self._node.library
-        if target.name is not None:
-            return library.any_by_name(target.name)
-        if target.link is not None:
-            entry = library.by_link(target.link)
-        else:
-            assert target.statement is not None
-            digest = sha256(target.statement.envelope).digest()
-            entry = next((e for e in library.entries() if e.digest == digest), None)
-        if entry is None:
-            raise NotFoundError("this release is not known here", hint="Fetch it first.")
-        return entry
+        return entry_of(self._node, target)
 
     def _summary(self, entry: Entry) -> Map:
         shared = self._node.of(entry.info_hash)
@@ -366,3 +359,22 @@ class Service:
         node = self._node
         path = node.store.model_path(entry.name, entry.publisher, entry.revision, named=node.is_named(entry))
         return str(path) if path.is_symlink() else str(node.store.path(layout.tree_of(entry.info_hash, entry.revision)))
+
+
+def entry_of(node: Node, target: Target) -> Entry:
+    """The kept statement a target names; nothing is fetched.
+
+    Raises:
+        NotFoundError: it is not here.
+    """
+    if target.name is not None:
+        return node.library.any_by_name(target.name)
+    if target.link is not None:
+        entry = node.library.by_link(target.link)
+    else:
+        assert target.statement is not None
+        digest = target.statement.digest
+        entry = next((e for e in node.library.entries() if e.digest == digest), None)
+    if entry is None:
+        raise NotFoundError("this release is not known here", hint="Fetch it first.")
+    return entry

@@ -19,7 +19,7 @@ from modelp2p.protocol.statement import (
     verify_statement,
 )
 from modelp2p.protocol.trust import TrustBook, TrustEntry, admit
-from tests.badinput.cases import SMALL_STORE, Case, lab_id, left_in, model, refused, write_bundle
+from tests.badinput.cases import SMALL_STORE, Case, left_in, model, refused, run, write_bundle
 from tests.nodes import Node
 from tests.releases import publisher, statement_of
 
@@ -48,7 +48,7 @@ def flipped(data: bytes, at: int, bit: int = 0) -> bytes:
 
 def accept(bundle: bytes) -> None:
     """What every door does: verify, then ask whether this node has a reason to believe the publisher."""
-    admit(verify_statement(decode_bundle(bundle)), TrustBook((TrustEntry("*", lab_id()),)), None)
+    admit(verify_statement(decode_bundle(bundle)), TrustBook((TrustEntry("*", publisher().id),)), None)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -76,10 +76,10 @@ def test_a_bundle_with_a_flipped_byte_is_refused_and_leaves_nothing(node: Node, 
     good = getattr(case.statement, part)
     bad = replace(case.statement, **{part: flipped(good, len(good) * 2 // 3)})
     bundle = write_bundle(tmp_path / "bad.modelp2p", encode_bundle(bad))
-    done = node.run("fetch", bundle, "--timeout", "2", "--json")
+    done = run(node, "fetch", bundle, "--json")
     assert done.code == 4
     assert done.json["error"]["kind"] in ("BAD_SIGNATURE", "UNKNOWN_PUBLISHER")
-    refused(node, "fetch", bundle, "--timeout", "2", code=4, kind=done.json["error"]["kind"])
+    refused(node, "fetch", bundle, code=4, kind=done.json["error"]["kind"])
     assert left_in(node.home) == set()
 
 

@@ -32,7 +32,7 @@ def session(kind: str) -> lt.session:
     else:
         # Two peers on one address cannot meet otherwise; it has no part in speed.
         settings = {**quiet, "allow_multiple_connections_per_ip": True}
-    parameters = lt.session_params(settings)
+    parameters = lt.session_params(settings)  # type: ignore[call-overload]
     if kind == "tuned":
         parameters.disk_io_constructor = "pread_disk_io_constructor"
     return lt.session(parameters)
@@ -53,6 +53,7 @@ def main() -> None:
     params.save_path = str(given.folder)
     params.flags &= ~(lt.torrent_flags.auto_managed | lt.torrent_flags.paused)
     if given.role == "seed":
+        assert params.ti is not None
         params.have_pieces = [True] * params.ti.num_pieces()
         running.add_torrent(params)
         while running.listen_port() == 0:
