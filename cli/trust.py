@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from modelp2p.cli.app import App, pass_app
 from modelp2p.cli.connection import daemon
-from modelp2p.cli.options import client_options
+from modelp2p.cli.options import client_options, peer_option
 from modelp2p.cli.output import emit_block, emit_json, out, say, table
 from modelp2p.cli.refs import ref_args, typed_ref
 from modelp2p.cli.results import Row
@@ -30,15 +31,17 @@ def trust() -> None:
 @trust.command()
 @click.argument("ref", metavar="LINK|BUNDLE")
 @click.option("--name", required=True, metavar="PATTERN", help="org/model, org/* or *: what the publisher may speak for.")
+@peer_option
 @client_options
 @pass_app
-def add(app: App, ref: str, name: str) -> None:
+def add(app: App, ref: str, name: str, peers: Sequence[str]) -> None:
     """Trust the publisher of LINK or BUNDLE for every name that PATTERN matches."""
     typed = typed_ref(ref)
     if isinstance(typed, NameRef):
         raise UsageError("trust is given to the publisher of a link or bundle, not to a name", hint="Give the link you trust.")
     with ref_args(typed) as (args, fds), daemon(app) as client:
-        result = Row(client.call("trust_add", {**args, "name": name}, fds).result)
+        asked: Map = {**args, "name": name} | ({"peers": list(peers)} if peers else {})
+        result = Row(client.call("trust_add", asked, fds).result)
     if app.as_json:
         emit_json(result.first("publisher", "name"))
     elif app.quiet:

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _READ_BYTES = 1 << 16
 _BACKLOG = 64
 _ROOT_UID = 0
+_BUG_HINT = "This is a bug of modelp2p: please report it. The daemon's log has the details."
 
 
 @dataclass(slots=True)
@@ -121,6 +122,8 @@ class ControlServer:
                 await session.refuse(exc)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             log.debug("a control client hung up")
+        except Exception:
+            log.exception("bug while serving a control client")
         finally:
             session.close()
             self.on_close(session.state)
@@ -148,6 +151,10 @@ class ControlServer:
                     reply: Message = Result(request.id, answer.result, len(answer.fds))
                 except ModelP2PError as exc:
                     reply = Failure.of(request.id, exc)
+                except Exception as exc:
+                    # A bug costs the request that met it, not everybody else's transfers.
+                    log.exception("bug while serving '%s'", request.verb)
+                    reply = Failure.of(request.id, ModelP2PError(f"internal error: {type(exc).__name__}: {exc}", hint=_BUG_HINT))
                 nursery.cancel_scope.cancel()
             if session.is_gone:
                 raise trio.BrokenResourceError

@@ -144,10 +144,7 @@ async def _serve(node: Node, nursery: trio.Nursery, address: Path, given: Surrou
 
 
 async def _seed_all(node: Node, refs: tuple[str, ...] | None) -> None:
-    if refs is None:
-        chosen = list(node.shared)
-    else:
-        chosen = [entry_of(node, Target.of(ref)).info_hash for ref in refs]
+    chosen = list(node.shared) if refs is None else [entry_of(node, Target.of(ref)).info_hash for ref in refs]
     for info_hash in chosen:
         try:
             await node.seed(info_hash)

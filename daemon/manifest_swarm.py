@@ -16,6 +16,7 @@ from modelp2p.protocol import engine_wire as wire
 from modelp2p.protocol import layout
 from modelp2p.protocol.errors import FormatError, ModelP2PError, TimedOutError
 from modelp2p.protocol.statement import FILE_LIMITS, FILE_NAMES, Statement
+from modelp2p.protocol.torrent import MANIFEST_PIECE_BYTES, PieceMap, torrent_bytes
 
 if TYPE_CHECKING:
     from modelp2p.daemon.store import Store
@@ -59,9 +60,12 @@ async def fetch_statement(
                     hint="Check that a seed node is reachable; name one with --peer HOST:PORT.",
                 )
             match event:
-                case wire.MetadataReceived(files=files):
+                case wire.MetadataReceived(info=info, files=files):
                     _check_files({file.path: file.size for file in files})
-                    await swarm.start_download(link.manifest_hash)
+                    # Added anew, complete: a magnet that wants nothing yet is a seed to its seeds, who hang up on it, and
+                    # libtorrent waits `min_reconnect_time` (10 s in `wan`) before it calls them again.
+                    await swarm.remove(link.manifest_hash)
+                    await swarm.add(_spec(link, info, files, spec))
                 case wire.TransferFinished():
                     return await _read_back(link, folder, store, swarm, timeout_s)
                 case wire.AddFailed(message=message):
@@ -82,6 +86,24 @@ def _check_files(files: dict[str, int]) -> None:
     for name, size in files.items():
         if size > FILE_LIMITS[name]:
             raise FormatError(f"'{name}' in the manifest swarm has {size} bytes, over the limit of {FILE_LIMITS[name]}")
+
+
+def _spec(link: Link, info: bytes, files: tuple[wire.TorrentFile, ...], magnet: wire.MagnetSpec) -> wire.TorrentSpec:
+    placed = tuple(
+        wire.TorrentFile(file.path, file.size, f"{magnet.save_path}/{file.path}", wanted=True) for file in files
+    )
+    pieces = PieceMap(placed, MANIFEST_PIECE_BYTES)
+    return wire.TorrentSpec(
+        info_hash=link.manifest_hash,
+        # Without layers: peers send them, checked against the roots in the info dict, which the info-hash covers.
+        torrent=torrent_bytes(info, {}),
+        save_path=magnet.save_path,
+        piece_length=MANIFEST_PIECE_BYTES,
+        files=placed,
+        have=wire.pack_bits([False] * pieces.total),
+        peers=magnet.peers,
+        trackers=magnet.trackers,
+    )
 
 
 async def _read_back(link: Link, folder: str, store: Store, swarm: Swarm, timeout_s: float) -> Statement:

@@ -32,8 +32,9 @@ from modelp2p.protocol.journal import FileStamp
 from modelp2p.protocol.kinds import FileKind, kind_of
 from modelp2p.protocol.layers import Layers, make_layers
 from modelp2p.protocol.manifest import GIT_MAX_BYTES, FileEntry, Manifest, Origin, content_revision
-from modelp2p.protocol.paths import check_paths
+from modelp2p.protocol.paths import check_path, check_paths
 from modelp2p.protocol.statement import payload_info
+from modelp2p.protocol.text import printable
 
 if TYPE_CHECKING:
     from modelp2p.daemon.store import Store
@@ -81,7 +82,9 @@ async def prepare(
     Cancellation: the staging folder is removed.
     """
     sizes, skipped = await trio.to_thread.run_sync(_list, source)
-    chosen = sorted(wanted_paths(sizes, include, exclude), key=lambda path: path.encode("utf-8"))
+    # Checked first: a name that is not UTF-8 has no place in any order.
+    chosen = [check_path(path) for path in wanted_paths(sizes, include, exclude)]
+    chosen.sort(key=lambda path: path.encode("utf-8"))
     if not chosen or not any(sizes[path] for path in chosen):
         raise UsageError(
             "there is nothing to publish: no file with content was found", hint="Give the folder that holds the model files."
@@ -158,7 +161,7 @@ def _list(source: int) -> tuple[dict[str, int], tuple[str, ...]]:
     for folder, folders, names, fd in os.fwalk(".", dir_fd=source, follow_symlinks=False):
         prefix = folder[2:] + "/" if folder != "." else ""
         hidden = [name for name in (*folders, *names) if name.startswith(".")]
-        skipped += [prefix + name for name in hidden]
+        skipped += [printable(prefix + name) for name in hidden]
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in (*folders, *names):
             if name.startswith("."):
@@ -168,12 +171,12 @@ def _list(source: int) -> tuple[dict[str, int], tuple[str, ...]]:
                 raise UsageError(
                     f"'{prefix}{name}' is a symbolic link, and links are not published",
                     hint="Publish a copy with real files: cp -rL FOLDER COPY",
-                    path=prefix + name,
+                    path=printable(prefix + name),
                 )
             if stat.S_ISREG(found.st_mode):
                 sizes[prefix + name] = found.st_size
             elif not stat.S_ISDIR(found.st_mode):
-                raise FormatError(f"'{prefix}{name}' is neither a file nor a folder", path=prefix + name)
+                raise FormatError(f"'{prefix}{name}' is neither a file nor a folder", path=printable(prefix + name))
     return sizes, tuple(skipped)
 
 

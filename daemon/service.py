@@ -162,8 +162,8 @@ class Service:
             shared = self._node.of(info_hash)
             shared.peers = tuple(dict.fromkeys((*shared.peers, *extra)))
             shared.max_up = rate(call.args, "max_up") or shared.max_up
-            if shared.transfer is not None:
-                # Its route and torrent belong to the fetch, which seeds when it is done.
+            if shared.lock.locked():
+                # Its journal, route and torrent belong to the job under way; a fetch seeds when it is done.
                 continue
             await self._node.seed(info_hash)
             if shared.is_seeding:
@@ -266,6 +266,9 @@ class Service:
         target = self._target(call)
         if target.name is not None:
             raise UsageError("trust needs a link or a bundle: a name does not say who speaks for it")
+        if target.link is not None:
+            # A pattern that is taken is refused before anybody is asked for anything.
+            self._node.book.added(TrustEntry(pattern, target.link.publisher))
         request = FetchRequest(target, peers=peers(call.args), dry_run=True, timeout_s=self._node.config.fetch.timeout_s)
         release = await trio.to_thread.run_sync(verify, self._node, await statement_of(self._node, target, request))
         if target.link is not None:

@@ -43,7 +43,7 @@ FIRST_LOOK_S = 2.0
 """A piece is looked at this long after "finished" even if no flush was answered."""
 LOOK_AGAIN_S = 0.5
 GIVE_UP_S = 5.0
-"""A piece whose bytes are still not in the file this long after "finished" is lost."""
+"""A piece whose bytes are still not in the file this long after "finished", and after a flush, is lost."""
 UNSYNCED_HIGH_BYTES = 384 << 20
 UNSYNCED_LOW_BYTES = 128 << 20
 """A disk slower than the network holds the transfer too; what waits here is checked, but a power cut would lose it."""
@@ -316,8 +316,8 @@ class FetchMachine:
                 self._is_flushing = False
                 for candidate in self._candidates.values():
                     if candidate.is_flushing and not candidate.is_looking:
+                        candidate.is_flushing = False
                         candidate.look_at = now
-                    candidate.is_flushing = False
             case EngineLost():
                 self._forget_engine()
             case DiskFailed(error):
@@ -360,6 +360,13 @@ class FetchMachine:
             del self._candidates[piece]
             return []
         candidate.look_at = now + LOOK_AGAIN_S
+        if candidate.is_flushing:
+            # A slow disk may take longer than any patience: nothing is lost before a flush of it is answered. One answered
+            # during this look came too late for it.
+            if not self._is_flushing:
+                candidate.is_flushing = False
+                candidate.look_at = now
+            return []
         if now - candidate.received < GIVE_UP_S:
             return []
         # The engine has it nowhere. Everything else it holds unproven goes the same way.

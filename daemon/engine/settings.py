@@ -88,7 +88,7 @@ _ALWAYS: LibtorrentSettings = {
     "send_buffer_low_watermark": 1 << 20,
     "send_buffer_watermark_factor": 150,
     "send_not_sent_low_watermark": 512 << 10,
-    "max_out_request_queue": 500,
+    "max_out_request_queue": 4000,
     "max_allowed_in_request_queue": 8000,
     "request_queue_time": 3,
     "listen_queue_size": 3000,

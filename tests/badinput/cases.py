@@ -23,7 +23,7 @@ from modelp2p.protocol import layout
 from modelp2p.protocol.journal import JournalState, replay
 from modelp2p.protocol.ranges import Ranges
 from modelp2p.protocol.statement import Release, Statement, encode_bundle, verify_statement
-from tests.nodes import Done, Node
+from tests.nodes import Done, Node, wait_until
 from tests.releases import NAME, statement_of
 
 MIB = 1 << 20
@@ -286,7 +286,7 @@ class Witness:
         }
         params.flags = lt.torrent_flags.update_subscribe
         self._handle = self._session.add_torrent(params)
-        assert self._handle.status().is_seeding
+        wait_until(lambda: self._handle.status().is_seeding, 10, "the witness seeds")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.badinput.cases import SMALL_STORE, left_in, refused
+from tests.badinput.cases import SMALL_STORE, check_clean, left_in, refused
 from tests.nodes import Node
 
 
@@ -40,8 +40,16 @@ def folder_symlink(folder: Path) -> None:
     (folder / "shards").symlink_to("/etc", target_is_directory=True)
 
 
+def unreadable_symlink(folder: Path) -> None:
+    os.symlink(b"/etc/hostname", os.fsencode(folder) + b"/mod\xff\x1bel")
+
+
 def fifo(folder: Path) -> None:
     os.mkfifo(folder / "model.safetensors")
+
+
+def unreadable_fifo(folder: Path) -> None:
+    os.mkfifo(os.fsencode(folder) + b"/mod\xff\x1bel")
 
 
 def unix_socket(folder: Path) -> None:
@@ -72,7 +80,7 @@ FORMAT = {
     "case twins of folders": named("A/one.json", "a/two.json"),
     "NFC and NFD twins": named("caf\u00e9.json", "cafe\u0301.json"),
     "file and folder, folded": named("Shard", "shard/one.json"),
-    "backslash": named("..\\..\\evil.json"),
+    "backslash": named("a\\..\\evil.json"),
     "colon": named("c:evil.json"),
     "device": named("nul.json"),
     "not UTF-8": named(b"mod\xff\xfeel.json"),
@@ -80,9 +88,16 @@ FORMAT = {
     "path of 1025 bytes": named("/".join(["y" * 170] * 6) + "/z"),
     "depth 17": named("/".join("abcdefghijklmnopq")),
     "FIFO": fifo,
+    "FIFO, not UTF-8": unreadable_fifo,
     "socket": unix_socket,
 }
-USAGE = {"symlink": symlink, "symlink to a folder": folder_symlink, "only empty files": only_empty, "empty folder": nothing}
+USAGE = {
+    "symlink": symlink,
+    "symlink, not UTF-8": unreadable_symlink,
+    "symlink to a folder": folder_symlink,
+    "only empty files": only_empty,
+    "empty folder": nothing,
+}
 
 
 @pytest.mark.swarm
@@ -104,8 +119,10 @@ def test_names_at_the_limit_are_published(node: Node, tmp_path: Path) -> None:
     names = ("x" * 200, "/".join("abcdefghijklmnop"), "/".join([*["y" * 170] * 5, "z" * 169]), "\u6a21\u578b.json", "with space.json")
     assert max(len(name.encode()) for name in names) == 1024
     named(*names)(tmp_path / "source")
-    published = node.ok("publish", str(tmp_path / "source"), "--as", "lab/limits")
-    assert published["files"] == len(names)
+    named(b".hidden\xff\x1b")(tmp_path / "source")
+    done = node.run("publish", str(tmp_path / "source"), "--as", "lab/limits", "--json")
+    assert (done.code, done.json["files"]) == (0, len(names)), done
+    check_clean(done.out + done.err)
     node.ok("rm", "lab/limits", "-y")
     assert node.ok("ls")["releases"] == []
 

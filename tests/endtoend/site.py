@@ -96,9 +96,11 @@ class Kept:
 
 
 def snapshot(folder: Path) -> dict[str, Kept | None]:
-    """Everything below a folder: folders are None; links and sockets count by name alone."""
+    """Everything below a folder but `run`, which lives: folders are None; links and sockets count by name alone."""
     found: dict[str, Kept | None] = {}
     for path in sorted(folder.rglob("*")):
+        if path.relative_to(folder).parts[0] == "run":
+            continue
         status = path.lstat()
         is_file = stat.S_ISREG(status.st_mode)
         digest = sha256(path.read_bytes()).hexdigest() if is_file else ""

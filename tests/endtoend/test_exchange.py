@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -163,10 +164,10 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("files", SHAPES.values(), ids=SHAPES.keys())
-def test_every_shape_of_release_arrives(pair: Pair, files: dict[str, bytes]) -> None:
-    name = f"lab/shape{len(pair.seed.ok('ls')['releases'])}"
-    published = pair.seed.publish(pair.site.write(files), name)
-    result = fetched(pair.node, published, pair.seed)
-    assert (result["state"], result["from_peers"]) == ("complete", size_of(files))
-    assert tree_bytes(Path(result["path"])) == files
+def test_every_shape_of_release_arrives_and_fetches_run_beside_each_other(pair: Pair) -> None:
+    published = [pair.seed.publish(pair.site.write(files), f"lab/shape{n}") for n, files in enumerate(SHAPES.values())]
+    with ThreadPoolExecutor(len(SHAPES)) as pool:
+        results = list(pool.map(lambda release: fetched(pair.node, release, pair.seed), published))
+    for files, result in zip(SHAPES.values(), results, strict=True):
+        assert (result["state"], result["from_peers"]) == ("complete", size_of(files))
+        assert tree_bytes(Path(result["path"])) == files

@@ -213,9 +213,7 @@ def test_every_list_may_be_full() -> None:
 def entries(count: int, path_bytes: int) -> tuple[FileEntry, ...]:
     width = path_bytes - 5
     folders = "/".join("a" * min(199, width - at) for at in range(0, width, 200))
-    return tuple(
-        FileEntry(f"{folders}/{number:05}", 1, HASH, HASH, "sha256", None, FileKind.OTHER) for number in range(count)
-    )
+    return tuple(FileEntry(f"{folders}/{number:05}", 1, HASH, HASH, "sha256", None, FileKind.OTHER) for number in range(count))
 
 
 def manifest_of(files: tuple[FileEntry, ...]) -> Manifest:

@@ -129,7 +129,9 @@ def test_publisher_id_is_the_hash_of_the_first_root() -> None:
     assert text.startswith("mp1j")  # 0x48 = 01001 000: base32 digit 9
 
 
-@pytest.mark.parametrize("text", ["", "mp1", "mp2" + "a" * 52, "mp1" + "a" * 51, "mp1" + "A" * 52, "mp1" + "1" * 52, "mp1" + "a" * 52 + "\n"])
+@pytest.mark.parametrize(
+    "text", ["", "mp1", "mp2" + "a" * 52, "mp1" + "a" * 51, "mp1" + "A" * 52, "mp1" + "1" * 52, "mp1" + "a" * 52 + "\n"]
+)
 def test_publisher_id_of_another_form_is_refused(text: str) -> None:
     with pytest.raises(ModelP2PError):
         check_publisher_id(text)
