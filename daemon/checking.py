@@ -6,6 +6,7 @@ moved over by rename, so a reader of the old inode keeps what it had and a borro
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -19,16 +20,19 @@ from modelp2p.daemon.folder import ReleaseFolder
 from modelp2p.daemon.node import Node, pieces_of
 from modelp2p.daemon.requests import Emit, FetchRequest, Target
 from modelp2p.protocol import layout
-from modelp2p.protocol.errors import ModelP2PError, NotFoundError
-from modelp2p.protocol.names import NameRef
+from modelp2p.protocol.errors import ModelP2PError, NotFoundError, StoreError
 
 if TYPE_CHECKING:
     from modelp2p.daemon.library import Entry
     from modelp2p.protocol.codec import Map, Value
     from modelp2p.protocol.links import PeerAddress
 
+log = logging.getLogger(__name__)
+
 Bad = tuple[str, int]
 """Path and piece number within the file; -1 where the whole file is gone or has another length."""
+MAX_BAD_TOLD = 800
+"""Entries of an answer: with paths of 1,024 bytes they still fit one control frame."""
 
 
 async def verify_release(
@@ -46,24 +50,28 @@ async def verify_release(
         folder = await trio.to_thread.run_sync(ReleaseFolder.open, node.store, release)
         try:
             paths = tuple(folder.state.files)
-            if not paths:
+            selection = folder.state.selection
+            missing = tuple(path for path in (selection.wanted if selection else ()) if path not in folder.state.files)
+            if not paths and not missing:
                 raise NotFoundError(f"no finished file of {entry.ref} is here", hint=f"modelp2p fetch {entry.name}")
             bad = await _find_bad(node, folder, paths, emit)
-            if not bad:
+            if not bad and paths:
                 # Only times differ (a copy restored by a backup): what was read just now is what is recorded.
                 await trio.to_thread.run_sync(_restamp, folder)
+                shared.error = ""
             damaged = tuple(dict.fromkeys(path for path, _ in bad))
-            selection = folder.state.selection
             if damaged:
                 await node.unseed(entry.info_hash)
                 shared.error = f"{len(bad)} bad piece(s) in {len(damaged)} file(s), '{damaged[0]}' first"
-                await _set_aside(node, folder, damaged, emit, rescue=repair)
+                await _set_aside(node, folder, damaged, emit)
+            # What an earlier look set aside, or an interrupted fetch never brought, is not here either.
+            bad += [(path, -1) for path in missing]
         finally:
             folder.close()
     repaired = 0
-    if repair and damaged:
+    if repair and bad:
         request = FetchRequest(
-            Target(name=NameRef(entry.name, entry.revision)),
+            Target(link=release.link()),  # by name it would depend on who is trusted for the name by now
             include=selection.include if selection else (),
             exclude=selection.exclude if selection else (),
             peers=peers,
@@ -73,7 +81,7 @@ async def verify_release(
         await fetch(node, request, emit)
         shared.error = ""
         repaired = len(bad)
-    pieces: list[Value] = [{"path": path, "piece": piece} for path, piece in bad]
+    pieces: list[Value] = [{"path": path, "piece": piece} for path, piece in bad[:MAX_BAD_TOLD]]
     return {
         "name": str(entry.name),
         "revision": entry.revision,
@@ -111,8 +119,8 @@ async def _find_bad(node: Node, folder: ReleaseFolder, paths: tuple[str, ...], e
     return bad
 
 
-async def _set_aside(node: Node, folder: ReleaseFolder, damaged: tuple[str, ...], emit: Emit, *, rescue: bool) -> None:
-    """Take damaged files out of sight and, to rescue them, put their good pieces into new inodes in the engine's folder."""
+async def _set_aside(node: Node, folder: ReleaseFolder, damaged: tuple[str, ...], emit: Emit) -> None:
+    """Take damaged files out of sight, and put their good pieces into new inodes in the engine's folder."""
     release = folder.release
     tree = layout.tree_of(release.info_hash, release.manifest.revision)
     for path in damaged:
@@ -121,14 +129,20 @@ async def _set_aside(node: Node, folder: ReleaseFolder, damaged: tuple[str, ...]
         try:
             await trio.to_thread.run_sync(folder.lose, pieces_of(release, (path,)), (path,))
             await trio.to_thread.run_sync(folder.disown, path)
-            if rescue and fd is not None:
-                await trio.to_thread.run_sync(take_in, folder, path, fd)
+            if fd is not None:
+                await _rescue(node, folder, path, fd, emit)
         finally:
             if fd is not None:
                 os.close(fd)
-        if rescue and fd is not None:
-            await prove_staged(node.pool, folder, path, emit, 0, release.pieces.size(path))
     await trio.to_thread.run_sync(folder.save_record)
+
+
+async def _rescue(node: Node, folder: ReleaseFolder, path: str, fd: int, emit: Emit) -> None:
+    try:
+        await trio.to_thread.run_sync(take_in, folder, path, fd)
+        await prove_staged(node.pool, folder, path, emit, 0, folder.release.pieces.size(path))
+    except StoreError as exc:
+        log.warning("the good pieces of '%s' cannot be kept and will be fetched again: %s", path, exc.message)
 
 
 def _open_first(node: Node, paths: list[str]) -> int | None:

@@ -91,10 +91,13 @@ class Client:
             connection.settimeout(CONNECT_TIMEOUT_S)
             with _short_path(holder.socket) as path:
                 connection.connect(path)
-            _check_peer(connection, service_uid)
+            _check_peer(connection, home, service_uid)
             client = cls(connection)
             client._send(Hello(control.V_MIN, control.V_MAX, build()), ())
-            control.check_hello(client._receive())
+            answer = client._receive()
+            if isinstance(answer, Failure):
+                raise answer.error()
+            control.check_hello(answer)
         except TimeoutError as exc:
             connection.close()
             raise DaemonError(f"the daemon (pid {holder.pid}) does not answer", hint="It may be stopped or stuck.") from exc
@@ -249,9 +252,13 @@ def _short_path(path: str) -> Iterator[str]:
         os.close(folder)
 
 
-def _check_peer(connection: socket.socket, service_uid: int | None) -> None:
+def _check_peer(connection: socket.socket, home: str, service_uid: int | None) -> None:
     _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    if uid not in {os.getuid(), _ROOT_UID, service_uid}:
+    allowed = {os.getuid(), _ROOT_UID, service_uid}
+    if os.getuid() == _ROOT_UID:
+        # Root commands a service's daemon; whoever owns the home could have changed it all anyway.
+        allowed.add(os.stat(home).st_uid)
+    if uid not in allowed:
         raise DaemonError(
             f"the control socket belongs to user {uid}, who is neither you, root nor the service user",
             hint="Somebody may have put it there to deceive you. Nothing was sent.",

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _READ_BYTES = 1 << 16
 _BACKLOG = 64
 _ROOT_UID = 0
+MAX_STRANGERS = 64
 _BUG_HINT = "This is a bug of modelp2p: please report it. The daemon's log has the details."
 
 
@@ -69,6 +70,8 @@ class ControlServer:
         self._handler = handler
         self._clients = 0
         self._served = 0
+        self._strangers: dict[trio.CancelScope, None] = {}
+        """Connections that did not say hello yet, oldest first: they never take a client's place."""
         self.on_idle: Callable[[], None] = lambda: None
         """Called when the last client has gone."""
         self.on_close: Callable[[dict[str, object]], None] = lambda state: None
@@ -102,20 +105,15 @@ class ControlServer:
                 self.path.unlink()
 
     async def _serve_client(self, connection: trio.socket.SocketType) -> None:
-        peer = _peer_uid(connection)
         session = _Connection(connection)
-        if peer not in (os.getuid(), _ROOT_UID) or self._clients >= control.MAX_CLIENTS:
-            why = "too many clients" if peer in (os.getuid(), _ROOT_UID) else "only the owner may command this daemon"
-            with trio.move_on_after(1):
-                await session.refuse(DeniedError(why))
-            connection.close()
-            return
-        self._clients += 1
         try:
-            await session.greet()
-            while (request := await session.next_request()) is not None:
-                await self._serve_request(session, request)
-                self._served += 1
+            if _peer_uid(connection) not in (os.getuid(), _ROOT_UID):
+                raise DeniedError("only the owner may command this daemon")
+            if not await self._greet(session):
+                return
+            if self._clients >= control.MAX_CLIENTS:
+                raise DeniedError("too many clients", hint=f"{control.MAX_CLIENTS} commands wait for this daemon already.")
+            await self._serve_requests(session)
         except ModelP2PError as exc:
             log.info("a control client was refused: %s", exc.message)
             with trio.move_on_after(1, shield=True):
@@ -126,6 +124,28 @@ class ControlServer:
             log.exception("bug while serving a control client")
         finally:
             session.close()
+
+    async def _greet(self, session: _Connection) -> bool:
+        """Exchange hellos; False for a connection that kept silent until others needed its place."""
+        if len(self._strangers) >= MAX_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.cancel()
+        with trio.CancelScope() as scope:
+            self._strangers[scope] = None
+            try:
+                await session.greet()
+            finally:
+                self._strangers.pop(scope, None)
+        return not scope.cancelled_caught
+
+    async def _serve_requests(self, session: _Connection) -> None:
+        self._clients += 1
+        try:
+            while (request := await session.next_request()) is not None:
+                await self._serve_request(session, request)
+                self._served += 1
+        finally:
             self.on_close(session.state)
             self._clients -= 1
             if self._clients == 0:

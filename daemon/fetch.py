@@ -134,7 +134,7 @@ def select(release: Release, request: FetchRequest, *, allow_code: bool) -> tupl
 
 
 async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | None = None) -> Map:
-    """Fetch a release; see the module. Returns the result of DESIGN 8.
+    """Fetch a release; see the module. Returns the result of docs/DESIGN.md.
 
     Raises:
         ModelP2PError: with everything proven kept.

@@ -199,8 +199,9 @@ def _engine_settings(config: Config) -> EngineSettings:
         utp=network.utp,
         max_up=network.max_up,
         max_down=network.max_down,
-        # Nodes of one site sit behind one address, and a test's swarm on one host.
-        many_per_address=network.profile == "lan",
+        connections=network.connections,
+        # A cluster behind one NAT address, the nodes of one site, and a test's swarm on one host are all different peers.
+        many_per_address=True,
     )
 
 

@@ -50,9 +50,10 @@ async def fetch_statement(
     make_dirs_beneath(store.fd, folder, mode=0o700)
     spec = wire.MagnetSpec(link.manifest_hash, str(store.path(folder)), tuple(wire.Peer(p.host, p.port) for p in peers), trackers)
     await swarm.add_magnet(spec)
+    received, deadline = 0, trio.current_time() + timeout_s
     try:
         while True:
-            with trio.move_on_after(timeout_s) as patience:
+            with trio.move_on_at(deadline) as patience:
                 event = await events.receive()
             if patience.cancelled_caught:
                 raise TimedOutError(
@@ -62,10 +63,14 @@ async def fetch_statement(
             match event:
                 case wire.MetadataReceived(info=info, files=files):
                     _check_files({file.path: file.size for file in files})
+                    deadline = trio.current_time() + timeout_s
                     # Added anew, complete: a magnet that wants nothing yet is a seed to its seeds, who hang up on it, and
                     # libtorrent waits `min_reconnect_time` (10 s in `wan`) before it calls them again.
                     await swarm.remove(link.manifest_hash)
                     await swarm.add(_spec(link, info, files, spec))
+                case wire.TorrentStatus(payload_down=down) if down > received:
+                    # Only bytes are progress: a peer that connects and hangs up for ever says something every second, too.
+                    received, deadline = down, trio.current_time() + timeout_s
                 case wire.TransferFinished():
                     return await _read_back(link, folder, store, swarm, timeout_s)
                 case wire.AddFailed(message=message):

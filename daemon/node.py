@@ -63,7 +63,7 @@ class Shared:
 
     @property
     def state(self) -> str:
-        """The state of DESIGN 10: what `status` and `ls` show."""
+        """The state of docs/DESIGN.md: what `status` and `ls` show."""
         if self.transfer is not None:
             return "fetching"
         if self.error:
@@ -252,7 +252,7 @@ class Node:
         return tuple(url for url in urls if url.startswith(_TRACKER_SCHEMES))
 
     def usable_peers(self, peers: Iterable[PeerAddress]) -> tuple[PeerAddress, ...]:
-        """Peers a link names: private addresses count only inside a site (DESIGN 10, "Network")."""
+        """Peers a link names: private addresses count only inside a site (docs/DESIGN.md)."""
         is_lan = self.config.network.profile == "lan"
         return tuple(peer for peer in peers if is_lan or not peer.is_private)
 

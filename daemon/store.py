@@ -3,7 +3,7 @@
 Invariants:
 - every path is resolved below one open descriptor of the home, without following links (`beneath`);
 - a name that is visible (in `store`, `models`, `manifests`) means complete, verified and synced: each appears by rename;
-- the folders of DESIGN 5 have their modes; a home of a newer version is refused, never touched.
+- the folders of docs/DESIGN.md have their modes; a home of a newer version is refused, never touched.
 
 The bytes of a release in transit are `folder.ReleaseFolder`; what is known about releases is `library.Library`.
 """

@@ -114,6 +114,8 @@ class EngineSettings:
     dht_bootstrap: tuple[str, ...] | None = None
     max_up: int = 0
     max_down: int = 0
+    connections: int = 0
+    """Most peer connections at once; 0 leaves it to the profile."""
     many_per_address: bool = False
     """Several peers may share one address: daemons behind one NAT, several sessions on one host."""
 

@@ -2,7 +2,7 @@
 
 Invariants:
 - every error the product raises on purpose is a `ModelP2PError` with one `kind`;
-- a kind has exactly one exit code (DESIGN 8 and 10), so the code never depends on where it was raised;
+- a kind has exactly one exit code (docs/DESIGN.md), so the code never depends on where it was raised;
 - the message is one line a user may read; `hint` is the next thing to try;
 - facts (paths, digests, byte counts) travel in `facts`, so a script never parses prose.
 
@@ -43,7 +43,7 @@ class Kind(Enum):
 
     @property
     def exit_code(self) -> int:
-        """The process exit code of DESIGN section 8; several kinds may share one."""
+        """The process exit code of docs/DESIGN.md; several kinds may share one."""
         return int(self.value)
 
 

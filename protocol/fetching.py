@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from modelp2p.protocol.torrent import PieceMap
 
 WINDOW_BYTES = 128 << 20
-"""Most bytes received but unproven (DESIGN 10, "Proof timing"); also what one kill -9 may cost."""
+"""Most bytes received whose hash is not checked yet (docs/DESIGN.md)."""
 HIGH_MARK_BYTES = 96 << 20
 LOW_MARK_BYTES = 48 << 20
 """The gap below the window is what requests under way may still bring after the transfer is held."""

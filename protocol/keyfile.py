@@ -1,4 +1,4 @@
-"""Key files: Ed25519 seeds at rest (DESIGN 6).
+"""Key files: Ed25519 seeds at rest (docs/DESIGN.md).
 
 Byte form: magic, then canonical msgpack {v, kdf, public, role, ...}. With a passphrase the seed is sealed by
 ChaCha20-Poly1305 under Argon2id, with everything else in the file as associated data; PKCS#8's 2,048 rounds of PBKDF2 are

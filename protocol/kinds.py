@@ -1,7 +1,7 @@
 """What a release file is, judged by its name, and whether its first bytes agree.
 
 Owns the default policy's notion of "executes code": pickles and programs are refused unless the user allows code
-(DESIGN 6). The publisher's own `kind` is a label only; every node judges again by name and by the bytes it has proven.
+(docs/DESIGN.md). The publisher's own `kind` is a label only; every node judges again by name and by the bytes it has proven.
 """
 
 from __future__ import annotations

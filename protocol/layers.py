@@ -1,7 +1,7 @@
 """The `layers` file: every piece layer of a release, so that pieces are checked before any peer is believed.
 
-Byte form (DESIGN 10): canonical msgpack map from root (bin, 32 bytes) to its piece layer (bin), sorted by root, only for files
-larger than the piece length. A smaller file has no layer: its one piece hash is its root. Each layer must hash to the root
+Byte form (docs/DESIGN.md): canonical msgpack map from root (bin, 32 bytes) to its piece layer (bin), sorted by root, only for
+files larger than the piece length. A smaller file has no layer: its one piece hash is its root. Each layer must hash to the root
 that the signed manifest names, so the file itself needs no signature.
 """
 

@@ -1,4 +1,4 @@
-"""Where things lie below a home, as relative paths (DESIGN 5). Pure: digests in, paths out.
+"""Where things lie below a home, as relative paths (docs/DESIGN.md). Pure: digests in, paths out.
 
 version                                   integer: the layout this home follows
 data/<info-hash>/                         0700  the engine's folder of one release; never moves

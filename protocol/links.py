@@ -1,4 +1,4 @@
-"""Links: one string that finds and pins a release (DESIGN 3.7).
+"""Links: one string that finds and pins a release (docs/DESIGN.md).
 
 A link is a v2 magnet any BitTorrent v2 client opens, plus three parts of ours: `x.mp` (manifest swarm, 64 hex), `x.pub`
 (publisher id) and the model's name in `dn`. The content is pinned by `xt`, the signer by `x.pub`. BEP 9, BEP 52.

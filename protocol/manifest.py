@@ -1,4 +1,4 @@
-"""The manifest: a publisher's statement about one release, as a value and as canonical bytes (DESIGN 3.4).
+"""The manifest: a publisher's statement about one release, as a value and as canonical bytes (docs/DESIGN.md).
 
 Invariants of a `Manifest` that exists:
 - every path is legal and no two collide; files are sorted by the UTF-8 bytes of their paths;
@@ -160,7 +160,7 @@ class Manifest:
 
 
 def content_revision(files: Iterable[FileEntry]) -> Revision:
-    """First 40 hex of SHA-256 over the canonical msgpack of the sorted `[path, size, root]` list (DESIGN 2)."""
+    """First 40 hex of SHA-256 over the canonical msgpack of the sorted `[path, size, root]` list (docs/DESIGN.md)."""
     rows: list[Value] = [
         [entry.path, entry.size, entry.root] for entry in sorted(files, key=lambda entry: entry.path.encode("utf-8"))
     ]

@@ -1,7 +1,7 @@
 """Names of models, releases and publishers: parsed once, refused when odd, printed one way.
 
 Invariants:
-- a model name has one or two segments `[A-Za-z0-9][A-Za-z0-9._-]{0,95}` without `..` or `--` (DESIGN 10); one segment lives
+- a model name has one or two segments `[A-Za-z0-9][A-Za-z0-9._-]{0,95}` without `..` or `--` (docs/DESIGN.md); one segment lives
   under the organisation `_`, which no two-segment name can spell;
 - a revision is 40 lower-case hex; a publisher id is `mp1` + 52 characters of lower-case unpadded base32.
 
@@ -39,7 +39,7 @@ class ModelName:
             _check_segment(self.org)
         _check_segment(self.model)
         if self.org == "by-publisher":
-            # models/by-publisher/ is where releases of untrusted publishers appear (DESIGN 10).
+            # models/by-publisher/ is where releases of untrusted publishers appear (docs/DESIGN.md).
             raise FormatError("the organisation name 'by-publisher' is reserved")
 
     @classmethod
@@ -89,7 +89,7 @@ Ref = NameRef | LinkRef | BundleRef
 
 
 def parse_ref(text: str) -> Ref:
-    """What kind of reference a user typed (DESIGN 10, "REF").
+    """What kind of reference a user typed (docs/DESIGN.md).
 
     Raises:
         UsageError: empty, or neither a link, a bundle path nor a legal name.

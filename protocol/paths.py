@@ -1,4 +1,4 @@
-"""Which file paths a release may hold: reject, never repair (DESIGN 3.8).
+"""Which file paths a release may hold: reject, never repair (docs/DESIGN.md).
 
 libtorrent silently rewrites hostile names (`..` becomes `_`, a bidi override vanishes), so a name on disk could differ from
 the signed one. Every rule here therefore refuses the whole release instead. Collisions are judged as the most forgiving

@@ -1,4 +1,4 @@
-"""Publishers: a TUF root chain, the id that pins it, and whether its release keys signed a payload (DESIGN 6, 10).
+"""Publishers: a TUF root chain, the id that pins it, and whether its release keys signed a payload (docs/DESIGN.md, 10).
 
 Invariants of a `RootChain` that exists:
 - root 1 is signed by its own threshold, root N+1 by the thresholds of N and of N+1, versions without gaps;

@@ -2,7 +2,7 @@
 
 A loader may skip hashing a file whose stat still equals its record: the same inode, size and times that the daemon saw when
 it had read every byte back and matched the signed root. A record is a convenience, never a trust anchor: the loader checks
-the signature itself, and counts a record only if its owner is trustworthy (DESIGN 10, "Loader").
+the signature itself, and counts a record only if its owner is trustworthy (docs/DESIGN.md).
 Byte form: `MP2PRECD`, then canonical msgpack.
 """
 

@@ -28,7 +28,7 @@ Bencodable: TypeAlias = "int | bytes | str | Sequence[Bencodable] | Mapping[str,
 MIN_PIECE_BYTES = 1 << 20
 MAX_PIECE_BYTES = 16 << 20
 MAX_PIECES_AT_SMALLEST = 65_536
-"""Pieces over the total size up to which a smaller piece is preferred (DESIGN 10, "Exact identity")."""
+"""Pieces over the total size up to which a smaller piece is preferred (docs/DESIGN.md)."""
 
 MANIFEST_PIECE_BYTES = LEAF_BYTES
 

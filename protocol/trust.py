@@ -1,4 +1,4 @@
-"""Which publisher this node believes for which name: pure rules over a small book of entries (DESIGN 6, 10).
+"""Which publisher this node believes for which name: pure rules over a small book of entries (docs/DESIGN.md, 10).
 
 A link authorises its publisher for one fetch, not for the name. Only an entry made by the user (`trust add`) gives a
 publisher a name, and with it look-up by name and the path `models/<org>/...`. There is no trust on first use.

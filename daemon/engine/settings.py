@@ -88,8 +88,8 @@ _ALWAYS: LibtorrentSettings = {
     "send_buffer_low_watermark": 1 << 20,
     "send_buffer_watermark_factor": 150,
     "send_not_sent_low_watermark": 512 << 10,
-    "max_out_request_queue": 4000,
-    "max_allowed_in_request_queue": 8000,
+    "max_out_request_queue": 1000,
+    "max_allowed_in_request_queue": 1000,
     "request_queue_time": 3,
     "listen_queue_size": 3000,
     "connection_speed": 300,
@@ -122,6 +122,8 @@ def libtorrent_settings(settings: EngineSettings) -> LibtorrentSettings:
         "download_rate_limit": clamp_rate(settings.max_down),
         "allow_multiple_connections_per_ip": settings.many_per_address,
     }
+    if settings.connections:
+        chosen["connections_limit"] = settings.connections
     if settings.dht is not None:
         chosen["enable_dht"] = settings.dht
     if settings.lsd is not None:

@@ -37,8 +37,8 @@ def tensors(seed: int, size: int) -> bytes:
     """A valid safetensors file with `size` random bytes of tensors."""
     half = size // 2
     header = {
-        "a": {"dtype": "U8", "shape": [half], "data_offsets": [0, half]},
-        "b": {"dtype": "U8", "shape": [size - half], "data_offsets": [half, size]},
+        f"{seed}.a": {"dtype": "U8", "shape": [half], "data_offsets": [0, half]},
+        f"{seed}.b": {"dtype": "U8", "shape": [size - half], "data_offsets": [half, size]},
     }
     return safetensors(json.dumps(header).encode(), Random(seed).randbytes(size))
 
@@ -151,7 +151,7 @@ def run(node: Node, *arguments: str, timeout_s: float = 60) -> Done:
 
 
 def refused(node: Node, *arguments: str, code: int, kind: str, timeout_s: float = 60) -> Refusal:
-    """Run a command twice, for a user and for a script: both must be refused alike, in the form that DESIGN 8 fixes."""
+    """Run a command twice, for a user and for a script: both must be refused alike, in the form that docs/DESIGN.md fixes."""
     check_told(run(node, *arguments, timeout_s=timeout_s), code)
     return refused_once(node, *arguments, code=code, kind=kind, timeout_s=timeout_s)
 
@@ -277,6 +277,7 @@ class Witness:
         self._session.set_peer_class_filter(every)
         params = lt.load_torrent_buffer(self.case.release.torrent_bytes())
         params.save_path = str(self.folder)
+        assert params.ti is not None
         info = params.ti.layout()
         params.have_pieces = [True] * info.num_pieces()
         params.renamed_files = {
@@ -353,5 +354,7 @@ def wait_gone(home: Path, timeout_s: float = 10) -> None:
     """Until no process works on a home any more."""
     deadline = time.monotonic() + timeout_s
     while left := pids_of(home):
-        assert time.monotonic() < deadline, f"still running for {home}: {[Path(f'/proc/{pid}/cmdline').read_bytes() for pid in left]}"
+        assert time.monotonic() < deadline, (
+            f"still running for {home}: {[Path(f'/proc/{pid}/cmdline').read_bytes() for pid in left]}"
+        )
         time.sleep(0.05)

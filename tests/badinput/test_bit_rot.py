@@ -117,6 +117,15 @@ def test_a_truncated_file_is_found_and_only_its_tail_is_fetched(node: Node, case
 
 
 @pytest.mark.swarm
+def test_a_release_whose_name_nobody_is_trusted_for_is_repaired_too(node: Node, case: Case, seed: Witness) -> None:
+    assert run(node, "trust", "remove", case.release.publisher_id, "--name", "lab/model").code == 0
+    flip(case.tree(node) / NAME)
+    repaired = run(node, "verify", "lab/model", "--repair", "--peer", seed.address, "--json")
+    assert repaired.code == 0, repaired
+    case.check_whole(node)
+
+
+@pytest.mark.swarm
 def test_a_deleted_file_is_named_and_fetched_again(node: Node, case: Case, seed: Witness) -> None:
     (case.tree(node) / NAME).unlink()
     found = run(node, "verify", "lab/model", "--json")

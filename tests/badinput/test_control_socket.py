@@ -235,7 +235,10 @@ try:
     connection.connect(f"/proc/self/fd/{folder}/control.sock")
 except PermissionError:
     sys.exit(13)
-connection.sendall(bytes.fromhex(sys.argv[3]))
+try:
+    connection.sendall(bytes.fromhex(sys.argv[3]))
+except BrokenPipeError:
+    pass
 while data := connection.recv(65536):
     sys.stdout.buffer.write(data)
 """
@@ -252,6 +255,7 @@ def test_another_user_commands_nothing(node: Node, is_open: bool) -> None:
     try:
         if is_open:
             place.chmod(0o666)
+            place.parent.chmod(0o755)
         request = HELLO + control.encode_message(Request(1, "stop"))
         done = subprocess.run(
             [sys.executable, "-c", _OTHER_USER, str(folder), "65534", request.hex()],
@@ -262,6 +266,7 @@ def test_another_user_commands_nothing(node: Node, is_open: bool) -> None:
         )
     finally:
         place.chmod(0o600)
+        place.parent.chmod(0o700)
         os.close(folder)
     if not is_open:
         assert done.returncode == 13, done

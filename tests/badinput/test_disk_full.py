@@ -21,7 +21,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB. These tests need root: a disk that is only said to be full proves nothing."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=0755", "none", str(place)], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=0755", "none", str(place)], capture_output=True, text=True, check=False
+    )
     assert mounted.returncode == 0, f"this test has to mount a tmpfs, and may not: {mounted.stderr}"
     yield place
     subprocess.run(["umount", "--lazy", str(place)], check=True)

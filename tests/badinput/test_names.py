@@ -116,7 +116,13 @@ def test_a_folder_that_no_release_may_have_is_refused_and_leaves_nothing(node: N
 
 @pytest.mark.swarm
 def test_names_at_the_limit_are_published(node: Node, tmp_path: Path) -> None:
-    names = ("x" * 200, "/".join("abcdefghijklmnop"), "/".join([*["y" * 170] * 5, "z" * 169]), "\u6a21\u578b.json", "with space.json")
+    names = (
+        "x" * 200,
+        "/".join("abcdefghijklmnop"),
+        "/".join([*["y" * 170] * 5, "z" * 169]),
+        "\u6a21\u578b.json",
+        "with space.json",
+    )
     assert max(len(name.encode()) for name in names) == 1024
     named(*names)(tmp_path / "source")
     named(b".hidden\xff\x1b")(tmp_path / "source")
@@ -128,7 +134,9 @@ def test_names_at_the_limit_are_published(node: Node, tmp_path: Path) -> None:
 
 
 @pytest.mark.swarm
-@pytest.mark.parametrize("name", ["../evil", "a/b/c", "-x/model", "org/mo\x1b[2Jdel", "org/\u202emodel", "", "a--b/c", "org/" + "m" * 97])
+@pytest.mark.parametrize(
+    "name", ["../evil", "a/b/c", "-x/model", "org/mo\x1b[2Jdel", "org/\u202emodel", "", "a--b/c", "org/" + "m" * 97]
+)
 def test_a_name_that_no_release_may_have_is_a_usage_error(node: Node, name: str, tmp_path: Path) -> None:
     named("model.json")(tmp_path / "source")
     refused(node, "publish", str(tmp_path / "source"), f"--as={name}", code=2, kind="USAGE")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import msgpack
 import pytest
@@ -11,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelp2p.protocol import codec
-from modelp2p.protocol.codec import Map, Value
 from modelp2p.protocol.errors import FormatError
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.codec import Map, Value
 
 LIMIT = 1 << 16
 
@@ -203,7 +207,7 @@ def test_table_round_trip(rows: dict[bytes, bytes]) -> None:
 
 SOURCE: Map = {"int": 5, "bool": True, "text": "a", "bytes": b"abc", "list": [1, 2], "mixed": [1, "a"], "flags": [True]}
 
-TAKES = {
+TAKES: dict[str, Callable[[], object]] = {
     "missing": lambda: codec.take(SOURCE, "nothing", int),
     "other type": lambda: codec.take(SOURCE, "text", int),
     "a bool is not an int": lambda: codec.take(SOURCE, "bool", int),

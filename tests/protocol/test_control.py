@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelp2p.protocol import codec
-from modelp2p.protocol.codec import Map
 from modelp2p.protocol.control import (
     MAX_FDS,
     MAX_FRAME_BYTES,
@@ -23,6 +24,9 @@ from modelp2p.protocol.control import (
 )
 from modelp2p.protocol.errors import DaemonError, FormatError, NoSpaceError, UntrustedError
 from tests.protocol.test_codec import VALUES
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.codec import Map
 
 MESSAGES: dict[str, Message] = {
     "hello": Hello(1, 1, "modelp2p 0.1"),
@@ -82,7 +86,7 @@ def test_odd_message_is_refused(name: str) -> None:
 
 
 @given(st.dictionaries(st.sampled_from(["id", "verb", "args", "event", "result", "error", "hello", "fds"]), VALUES, max_size=5))
-@settings(max_examples=200)
+@settings(max_examples=80)
 def test_any_map_is_a_message_or_a_format_error(source: Map) -> None:
     try:
         message = decode_message(codec.pack(source))

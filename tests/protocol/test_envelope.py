@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from modelp2p.protocol import codec
-from modelp2p.protocol.codec import Map, Value
 from modelp2p.protocol.envelope import (
     MAX_ENVELOPE_BYTES,
     MAX_SIGNATURES,
@@ -18,6 +19,9 @@ from modelp2p.protocol.envelope import (
     pae,
 )
 from modelp2p.protocol.errors import FormatError
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.codec import Map, Value
 
 
 def signature(number: int = 0) -> Signature:
@@ -75,7 +79,7 @@ BENT: dict[str, Map] = {
 
 @pytest.mark.parametrize("name", BENT)
 def test_bent_envelope_is_refused(name: str) -> None:
-    assert decode_envelope(codec.pack(body()))
+    assert decode_envelope(codec.pack(body())).payload == b"x"
     with pytest.raises(FormatError):
         decode_envelope(codec.pack(BENT[name]))
 

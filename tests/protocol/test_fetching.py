@@ -30,7 +30,6 @@ from modelp2p.protocol.fetching import (
     Sync,
     Synced,
     Tick,
-    wanted_paths,
 )
 from modelp2p.protocol.ranges import Ranges
 from modelp2p.protocol.torrent import PieceMap
@@ -334,7 +333,7 @@ def test_restart_from_the_journal_proves_nothing_twice() -> None:
     assert [effect for effect in effects if isinstance(effect, Prove)] == [Prove(2)]
 
 
-ERRORS = {
+ERRORS: dict[str, FileFinished | DiskFailed] = {
     "file that contradicts its flat hash": FileFinished("a", CorruptError("no")),
     "full disk": DiskFailed(NoSpaceError("full")),
 }
@@ -404,23 +403,3 @@ def test_repr_tells_where_it_stands() -> None:
 def test_short_last_piece_is_counted_at_its_length() -> None:
     fetch = machine({"a": MIB + 5, "b": 7}, proven=Ranges.span(1, 3))
     assert fetch.proven_bytes == 5 + 7
-
-
-SIZES = {"README.md": 1, "a/model.safetensors": 2, "a/b/model.bin": 3, "config.json": 4, "onnx/x.onnx": 5}
-SELECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
-    "everything": ((), (), tuple(SIZES)),
-    "a suffix at any depth": (("*.json",), (), ("config.json",)),
-    "a star crosses folders, as in hf download": (("a/*",), (), ("a/model.safetensors", "a/b/model.bin")),
-    "a folder": (("a/",), (), ("a/model.safetensors", "a/b/model.bin")),
-    "exclude wins": (("*",), ("*.bin", "onnx/"), ("README.md", "a/model.safetensors", "config.json")),
-    "several": (("*.md", "*.json"), (), ("README.md", "config.json")),
-    "case matters": (("readme*",), (), ()),
-    "nothing": (("zzz",), (), ()),
-    "exact": (("a/b/model.bin",), (), ("a/b/model.bin",)),
-}
-
-
-@pytest.mark.parametrize("name", SELECTIONS)
-def test_patterns_select_as_hf_download_does(name: str) -> None:
-    include, exclude, expected = SELECTIONS[name]
-    assert wanted_paths(SIZES, include, exclude) == expected

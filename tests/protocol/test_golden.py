@@ -138,5 +138,6 @@ def test_libtorrent_makes_the_golden_torrent_from_the_files(tmp_path: Path) -> N
     maker = lt.create_torrent(entries, 1 << 20, lt.create_torrent.v2_only)
     lt.set_piece_hashes(maker, str(tmp_path))
     info = lt.load_torrent_buffer(lt.bencode(maker.generate())).ti
+    assert info is not None
     assert info.info_section().hex() == EXPECTED["info"]
     assert info.info_hashes().v2.to_bytes().hex() == EXPECTED["info_hash"]

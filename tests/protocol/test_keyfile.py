@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+from typing import TYPE_CHECKING
 
 import pytest
 
 from modelp2p.protocol import codec
-from modelp2p.protocol.codec import Map, Value
 from modelp2p.protocol.errors import DeniedError, FormatError, ModelP2PError
 from modelp2p.protocol.keyfile import MAGIC, MAX_MEMORY_KIB, MAX_PASSES, parse_key, seal_key
 from modelp2p.protocol.signing import PrivateKey
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.codec import Map, Value
 
 SEED = bytes(range(100, 132))
 SALT, NONCE = b"s" * 16, b"n" * 12

@@ -24,7 +24,7 @@ PLACES = {
 
 def test_places_are_the_documented_ones() -> None:
     digest = HASH.hex()
-    assert PLACES == {
+    expected = {
         "data": f"data/{digest}",
         "tree": f"store/{digest}/{REVISION}",
         "record": f"store/{digest}/record",
@@ -34,6 +34,7 @@ def test_places_are_the_documented_ones() -> None:
         "bare model": f"models/_/model/{REVISION}",
         "unnamed model": f"models/by-publisher/{PUBLISHER}/org/model/{REVISION}",
     }
+    assert expected == PLACES
 
 
 def test_no_place_leaves_the_home_or_is_another() -> None:

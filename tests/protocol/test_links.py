@@ -42,7 +42,7 @@ NAMES = st.from_regex(r"([a-zA-Z0-9][a-z0-9._]{0,9}/)?[A-Z0-9][a-z0-9_]{0,9}", f
     st.lists(URLS, max_size=3).map(tuple),
     st.lists(PEERS, max_size=3).map(tuple),
 )
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_round_trip(
     digest: bytes, name: str, trackers: tuple[str, ...], seeds: tuple[str, ...], peers: tuple[PeerAddress, ...]
 ) -> None:
@@ -113,8 +113,8 @@ def test_odd_link_is_refused(name: str) -> None:
 
 
 def test_limits_are_reached_before_they_refuse() -> None:
-    assert parse_link(magnet() + "&tr=" + "a" * (MAX_LINK_CHARS - len(magnet()) - 4))
-    assert parse_link(magnet() + "&a=b" * 252)
+    assert len(parse_link(magnet() + "&tr=" + "a" * (MAX_LINK_CHARS - len(magnet()) - 4)).trackers[0]) > 15_000
+    assert parse_link(magnet() + "&a=b" * 252) == LINK
 
 
 def test_other_magnets_habits_are_understood() -> None:
@@ -149,9 +149,32 @@ def test_peer_address_round_trip_and_privacy(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", ":", ":1", "a:", "a:b", "a:-1", "a:+1", "a:1.0", "a:000001", "a:\u0661", "[::1]", "[::1]:", "[a:b]:1", "[host]:1", "[]:1", "::1:1",
-     "a b:1", "a/b:1", "user@a:1", "a\n:1", "[fe80::1%eth0]:1", "a" * 254 + ":1", "[::1:2"],
-)  # fmt: skip
+    [
+        "",
+        ":",
+        ":1",
+        "a:",
+        "a:b",
+        "a:-1",
+        "a:+1",
+        "a:1.0",
+        "a:000001",
+        "a:\u0661",
+        "[::1]",
+        "[::1]:",
+        "[a:b]:1",
+        "[host]:1",
+        "[]:1",
+        "::1:1",
+        "a b:1",
+        "a/b:1",
+        "user@a:1",
+        "a\n:1",
+        "[fe80::1%eth0]:1",
+        "a" * 254 + ":1",
+        "[::1:2",
+    ],
+)
 def test_what_is_no_peer_address_is_refused(text: str) -> None:
     with pytest.raises(ModelP2PError):
         PeerAddress.parse(text)

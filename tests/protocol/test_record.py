@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import pytest
 
 from modelp2p.protocol import codec
-from modelp2p.protocol.codec import Map
 from modelp2p.protocol.errors import FormatError
 from modelp2p.protocol.names import Revision
 from modelp2p.protocol.record import MAGIC, FileRecord, ReleaseRecord, decode_record, encode_record
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.codec import Map
 
 
 @dataclass(frozen=True)
