@@ -26,7 +26,7 @@ def place(tree: str, folder: str, include: tuple[str, ...] = (), exclude: tuple[
         NoSpaceError: they do not fit; what was already placed stays.
     """
     from modelp2p.daemon.linking import OWN_INODE_WAYS, place_copy
-    from modelp2p.protocol.fetching import wanted_paths
+    from modelp2p.protocol.selection import wanted_paths
 
     os.makedirs(folder, exist_ok=True)
     source = os.open(os.path.realpath(tree), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

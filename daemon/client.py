@@ -88,9 +88,12 @@ class Client:
             raise DaemonError(f"no daemon is running for {home}", hint=_NO_DAEMON_HINT)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            connection.settimeout(CONNECT_TIMEOUT_S)
+            # Not `settimeout` yet: a socket that does not block is told EAGAIN at once where others are waiting, too.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(CONNECT_TIMEOUT_S))
             with _short_path(holder.socket) as path:
                 connection.connect(path)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0))
+            connection.settimeout(CONNECT_TIMEOUT_S)
             _check_peer(connection, home, service_uid)
             client = cls(connection)
             client._send(Hello(control.V_MIN, control.V_MAX, build()), ())
@@ -98,7 +101,7 @@ class Client:
             if isinstance(answer, Failure):
                 raise answer.error()
             control.check_hello(answer)
-        except TimeoutError as exc:
+        except (TimeoutError, BlockingIOError) as exc:
             connection.close()
             raise DaemonError(f"the daemon (pid {holder.pid}) does not answer", hint="It may be stopped or stuck.") from exc
         except OSError as exc:
@@ -250,6 +253,11 @@ def _short_path(path: str) -> Iterator[str]:
         yield f"/proc/self/fd/{folder}/{os.path.basename(path)}"
     finally:
         os.close(folder)
+
+
+def _timeval(seconds: float) -> bytes:
+    """A `struct timeval` (two longs on every 64-bit Linux)."""
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
 
 
 def _check_peer(connection: socket.socket, home: str, service_uid: int | None) -> None:

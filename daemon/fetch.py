@@ -24,9 +24,9 @@ from modelp2p.daemon.transfer import Transfer
 from modelp2p.protocol import engine_wire as wire
 from modelp2p.protocol import layout
 from modelp2p.protocol.errors import ModelP2PError, NoSpaceError, PolicyError, UsageError
-from modelp2p.protocol.fetching import wanted_paths
 from modelp2p.protocol.journal import Selection
 from modelp2p.protocol.kinds import kind_of
+from modelp2p.protocol.selection import wanted_paths
 from modelp2p.protocol.statement import Release, Statement, verify_statement
 from modelp2p.protocol.trust import admit, check_no_rival
 

@@ -130,7 +130,9 @@ class Library:
         found = self._named(ref)
         trusted = [e for e in found if book.is_trusted(e.publisher, e.name)]
         if not found:
-            raise NotFoundError(f"{ref} is not known here", hint="Fetch it by its link: the link says who signed it and where to look.")
+            raise NotFoundError(
+                f"{ref} is not known here", hint="Fetch it by its link, which says who signed it."
+            )
         if not trusted:
             raise UnknownPublisherError(
                 f"{ref} is known here only from {found[0].publisher}, whom this node does not trust for that name",

@@ -94,9 +94,7 @@ def _check_files(files: dict[str, int]) -> None:
 
 
 def _spec(link: Link, info: bytes, files: tuple[wire.TorrentFile, ...], magnet: wire.MagnetSpec) -> wire.TorrentSpec:
-    placed = tuple(
-        wire.TorrentFile(file.path, file.size, f"{magnet.save_path}/{file.path}", wanted=True) for file in files
-    )
+    placed = tuple(wire.TorrentFile(file.path, file.size, f"{magnet.save_path}/{file.path}", wanted=True) for file in files)
     pieces = PieceMap(placed, MANIFEST_PIECE_BYTES)
     return wire.TorrentSpec(
         info_hash=link.manifest_hash,

@@ -253,8 +253,9 @@ class Node:
 
     def usable_peers(self, peers: Iterable[PeerAddress]) -> tuple[PeerAddress, ...]:
         """Peers a link names: private addresses count only inside a site (docs/DESIGN.md)."""
+        # A host name could resolve to anything, also to this machine: outside a site only public literals are called.
         is_lan = self.config.network.profile == "lan"
-        return tuple(peer for peer in peers if is_lan or not peer.is_private)
+        return tuple(peer for peer in peers if is_lan or peer.is_public)
 
     async def _route(self, event: wire.Event) -> None:
         match event:

@@ -27,12 +27,12 @@ from modelp2p.daemon.hashing import FileToHash, HashPool
 from modelp2p.daemon.linking import place_copy
 from modelp2p.protocol import layout, torrent
 from modelp2p.protocol.errors import CorruptError, FormatError, UsageError
-from modelp2p.protocol.fetching import wanted_paths
 from modelp2p.protocol.journal import FileStamp
 from modelp2p.protocol.kinds import FileKind, kind_of
 from modelp2p.protocol.layers import Layers, make_layers
 from modelp2p.protocol.manifest import GIT_MAX_BYTES, FileEntry, Manifest, Origin, content_revision
 from modelp2p.protocol.paths import check_path, check_paths
+from modelp2p.protocol.selection import wanted_paths
 from modelp2p.protocol.statement import payload_info
 from modelp2p.protocol.text import printable
 

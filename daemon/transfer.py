@@ -19,7 +19,7 @@ import trio
 
 from modelp2p.daemon.hashpool import StateLostError
 from modelp2p.protocol import engine_wire as wire
-from modelp2p.protocol import fetching
+from modelp2p.protocol import fetch_steps as step
 from modelp2p.protocol.errors import CorruptError, ModelP2PError, NoSpaceError, PolicyError, StoreError
 from modelp2p.protocol.fetching import FetchMachine
 from modelp2p.protocol.kinds import HEAD_BYTES, contradiction
@@ -85,14 +85,14 @@ class Transfer:
     reread: int = 0
     """Pieces that were looked at before their bytes were in the file."""
     _machine: FetchMachine = field(init=False)
-    _send: trio.MemorySendChannel[fetching.Event] = field(init=False)
-    _receive: trio.MemoryReceiveChannel[fetching.Event] = field(init=False)
+    _send: trio.MemorySendChannel[step.Event] = field(init=False)
+    _receive: trio.MemoryReceiveChannel[step.Event] = field(init=False)
     _fds: dict[str, int] = field(default_factory=dict)
     _is_in_swarm: bool = False
     _gone: trio.Event = field(default_factory=trio.Event)
 
     def __post_init__(self) -> None:
-        self._send, self._receive = trio.open_memory_channel[fetching.Event](_QUEUE)
+        self._send, self._receive = trio.open_memory_channel[step.Event](_QUEUE)
         self._machine = FetchMachine(
             self.folder.release.pieces,
             self.wanted,
@@ -121,19 +121,21 @@ class Transfer:
         match event:
             case wire.PiecesFinished(pieces=pieces):
                 total = self.folder.release.pieces.total
-                await self._send.send(fetching.Received(tuple(piece for piece in pieces if 0 <= piece < total)))
+                await self._send.send(step.Received(tuple(piece for piece in pieces if 0 <= piece < total)))
             case wire.Flushed():
-                await self._send.send(fetching.Flushed())
+                await self._send.send(step.Flushed())
             case wire.FileFailed(path=path, message=message, no_space=no_space):
-                await self._send.send(fetching.DiskFailed(_disk_error(path, message, no_space)))
+                await self._send.send(step.DiskFailed(_disk_error(path, message, no_space)))
             case wire.AddFailed(message=message):
-                await self._send.send(fetching.DiskFailed(StoreError(f"the engine refused the torrent: {message}")))
+                await self._send.send(step.DiskFailed(StoreError(f"the engine refused the torrent: {message}")))
             case wire.EngineDied():
                 self.traffic.restart()
                 self._is_in_swarm = False
-                await self._send.send(fetching.EngineLost())
+                await self._send.send(step.EngineLost())
             case wire.EngineRestarted():
                 await self._add()
+                # Whatever was told the dead engine, a hold for one, the new one has not heard.
+                await self._send.send(step.EngineLost())
             case wire.TorrentStatus():
                 self.status = event
                 self.traffic.update(event)
@@ -183,39 +185,39 @@ class Transfer:
     def _needs_swarm(self) -> bool:
         return self._machine.proven_bytes < self._machine.wanted_bytes
 
-    async def _next_event(self) -> fetching.Event:
+    async def _next_event(self) -> step.Event:
         # What already happened comes before the clock: a deadline that has passed must not starve the queue.
         with contextlib.suppress(trio.WouldBlock):
             return self._receive.receive_nowait()
         deadline = self._machine.next_deadline()
         with trio.move_on_at(trio.current_time() + 3600 if deadline is None else deadline):
             return await self._receive.receive()
-        return fetching.Tick()
+        return step.Tick()
 
-    async def _perform(self, effect: fetching.Effect, nursery: trio.Nursery) -> bool:
+    async def _perform(self, effect: step.Effect, nursery: trio.Nursery) -> bool:
         """Start or do one effect; True when the fetch is complete."""
         match effect:
-            case fetching.Prove():
+            case step.Prove():
                 pass  # started in runs
-            case fetching.Sync(pieces):
+            case step.Sync(pieces):
                 nursery.start_soon(self._sync, pieces)
-            case fetching.Feed(path, begin, end):
+            case step.Feed(path, begin, end):
                 nursery.start_soon(self._feed, path, begin, end)
-            case fetching.FinishFile(path):
+            case step.FinishFile(path):
                 nursery.start_soon(self._finish, path)
-            case fetching.Hold(on):
+            case step.Hold(on):
                 log.debug("hold %s at %r", on, self._machine)
                 await self.swarm.throttle(self.info_hash, on)
-            case fetching.Flush():
+            case step.Flush():
                 await self.swarm.flush(self.info_hash)
-            case fetching.Readd():
+            case step.Readd():
                 log.warning("%s: pieces the engine had are not on the disk; adding it again", self.folder.release.ref)
                 await self.swarm.remove(self.info_hash)
                 self.traffic.restart()
                 await self._add()
-            case fetching.Complete():
+            case step.Complete():
                 return True
-            case fetching.Fail(error):
+            case step.Fail(error):
                 raise error
         return False
 
@@ -230,11 +232,11 @@ class Transfer:
         self._is_in_swarm = True
         await self.swarm.add(self.make_spec())
 
-    def _runs(self, effects: list[fetching.Effect]) -> list[tuple[int, int]]:
+    def _runs(self, effects: list[step.Effect]) -> list[tuple[int, int]]:
         """The pieces to prove as runs of neighbours in one file: one request to a hash worker each."""
         pieces = self.folder.release.pieces
         runs: list[tuple[int, int]] = []
-        for piece in sorted(effect.piece for effect in effects if isinstance(effect, fetching.Prove)):
+        for piece in sorted(effect.piece for effect in effects if isinstance(effect, step.Prove)):
             first, count = runs[-1] if runs else (-1, 0)
             is_next = piece == first + count and count < PIECES_AT_ONCE and pieces.locate(first).path == pieces.locate(piece).path
             if is_next:
@@ -256,30 +258,30 @@ class Transfer:
         for index in range(count):
             ok = hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES] == release.piece_hash(first + index)
             self.reread += not ok
-            await self._send.send(fetching.Proved(first + index, ok))
+            await self._send.send(step.Proved(first + index, ok))
 
     async def _sync(self, pieces: Ranges) -> None:
         await trio.to_thread.run_sync(self.folder.sync_proven, pieces)
-        await self._send.send(fetching.Synced(pieces))
+        await self._send.send(step.Synced(pieces))
 
     async def _feed(self, path: str, begin: int, end: int) -> None:
         try:
             await self.pool.flat_update(self._key(path), self._fd(path), begin, end)
         except StateLostError:
             end = 0  # a worker died with the running hash: start this file over
-        await self._send.send(fetching.Fed(path, end))
+        await self._send.send(step.Fed(path, end))
 
     async def _finish(self, path: str) -> None:
         try:
             await self._check_file(path)
             await trio.to_thread.run_sync(self._link, path)
         except StateLostError:
-            await self._send.send(fetching.Fed(path, 0))
+            await self._send.send(step.Fed(path, 0))
             return
         except ModelP2PError as exc:
-            await self._send.send(fetching.FileFinished(path, exc))
+            await self._send.send(step.FileFinished(path, exc))
             return
-        await self._send.send(fetching.FileFinished(path))
+        await self._send.send(step.FileFinished(path))
 
     async def _check_file(self, path: str) -> None:
         entry = self.folder.release.manifest.file(path)

@@ -22,11 +22,32 @@ monotonic clock. Who performs the effects, and how, is the daemon's business.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias, assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from modelp2p.protocol.errors import ModelP2PError, TimedOutError
+from modelp2p.protocol.fetch_steps import (
+    Complete,
+    DiskFailed,
+    Effect,
+    EngineLost,
+    Event,
+    Fail,
+    Fed,
+    Feed,
+    FileFinished,
+    FinishFile,
+    Flush,
+    Flushed,
+    Hold,
+    Prove,
+    Proved,
+    Readd,
+    Received,
+    Sync,
+    Synced,
+    Tick,
+)
 from modelp2p.protocol.ranges import Ranges
 
 if TYPE_CHECKING:
@@ -50,131 +71,6 @@ UNSYNCED_LOW_BYTES = 128 << 20
 SYNC_BYTES = 64 << 20
 SYNC_S = 1.0
 """A batch is synced and journaled at this size or age."""
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """The engine believes these pieces are finished."""
-
-    pieces: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Proved:
-    """The bytes of a piece were read back: `ok` where they match the signed layer."""
-
-    piece: int
-    ok: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Synced:
-    """The data of these pieces is on the disk and the journal says so."""
-
-    pieces: Ranges
-
-
-@dataclass(frozen=True, slots=True)
-class Fed:
-    """The flat hash of a file has consumed everything before `end` (bytes)."""
-
-    path: str
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class FileFinished:
-    """A file was checked as a whole; `error` is why it must not be used."""
-
-    path: str
-    error: ModelP2PError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Flushed:
-    """The engine's cache is written out."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLost:
-    """The engine died or the torrent was re-added: what it had received is gone."""
-
-
-@dataclass(frozen=True, slots=True)
-class DiskFailed:
-    """The engine could not write."""
-
-    error: ModelP2PError
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Only time has passed."""
-
-
-Event: TypeAlias = Received | Proved | Synced | Fed | FileFinished | Flushed | EngineLost | DiskFailed | Tick
-
-
-@dataclass(frozen=True, slots=True)
-class Prove:
-    """Read this piece back and hash it; answer `Proved`."""
-
-    piece: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sync:
-    """fdatasync the files under these pieces, append them to the journal; answer `Synced`."""
-
-    pieces: Ranges
-
-
-@dataclass(frozen=True, slots=True)
-class Feed:
-    """Feed bytes [begin, end) of a file, all proven, to its flat hash; answer `Fed`."""
-
-    path: str
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class FinishFile:
-    """Compare the flat hash, sync, make read-only and visible; answer `FileFinished`."""
-
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """Hold the transfer almost still, or let it go."""
-
-    on: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Flush:
-    """Ask the engine to write its cache out; answer `Flushed`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Readd:
-    """Remove and add the torrent with only the proven pieces: libtorrent cannot unlearn a piece otherwise."""
-
-
-@dataclass(frozen=True, slots=True)
-class Complete:
-    """Everything wanted is finished."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    """The fetch cannot go on; what is proven is kept."""
-
-    error: ModelP2PError
-
-
-Effect: TypeAlias = Prove | Sync | Feed | FinishFile | Hold | Flush | Readd | Complete | Fail
 
 
 @dataclass(slots=True)
@@ -483,16 +379,3 @@ class FetchMachine:
 
 def _begin_of(span: tuple[int, int]) -> int:
     return span[0]
-
-
-def wanted_paths(sizes: Mapping[str, int], include: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[str, ...]:
-    """The paths that `hf download`'s --include and --exclude patterns select: fnmatch over the whole path.
-
-    A pattern ending in `/` selects the folder. No include means everything; exclude wins.
-    """
-    from fnmatch import fnmatchcase
-
-    def matches(path: str, patterns: tuple[str, ...]) -> bool:
-        return any(fnmatchcase(path, pattern + "*" if pattern.endswith("/") else pattern) for pattern in patterns)
-
-    return tuple(path for path in sizes if (not include or matches(path, include)) and not matches(path, exclude))

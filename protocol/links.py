@@ -56,13 +56,12 @@ class PeerAddress:
         return cls(host, int(port))
 
     @property
-    def is_private(self) -> bool:
-        """An address of this machine or site (loopback, link-local, RFC 1918), or a bare host name's unknown: False."""
+    def is_public(self) -> bool:
+        """A literal address that the whole internet routes; a host name is not one, whatever it resolves to."""
         try:
-            address = ipaddress.ip_address(self.host)
+            return ipaddress.ip_address(self.host).is_global
         except ValueError:
             return False
-        return not address.is_global
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"

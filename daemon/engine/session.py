@@ -230,16 +230,7 @@ class Session:
             yield AddFailed(spec.info_hash, error.message)
             return
         self._torrents[spec.info_hash] = torrent
-        self._keep_seeds()
         self._lt.async_add_torrent(params)
-
-    def _keep_seeds(self) -> None:
-        """While a magnet waits for approval it wants no file, so libtorrent calls its seeds redundant and hangs up.
-
-        Coming back would cost `min_reconnect_time`: 10 s in the `wan` profile.
-        """
-        waiting = any(not torrent.is_started for torrent in self._torrents.values())
-        self._lt.apply_settings({"close_redundant_connections": not waiting})
 
     def _added(self, reply: TorrentAdded) -> Iterator[Event]:
         torrent = self._torrents.get(reply.info_hash)
@@ -276,7 +267,6 @@ class Session:
                 counts = (status.payload_down, status.payload_up, status.web_down, status.wasted)
                 self._farewells.append(Removed(info_hash, *counts))
                 del self._torrents[info_hash]
-                self._keep_seeds()
                 self._lt.remove_torrent(handle)
             case Connect(peers=peers):
                 for endpoint in layout.endpoints(peers):
@@ -328,7 +318,6 @@ class Session:
         handle.prioritize_files(
             [layout.WANTED if index in wanted else layout.UNWANTED for index in range(info.layout().num_files())]
         )
-        self._keep_seeds()
 
     def _metadata(self, info_hash: bytes) -> Iterator[Event]:
         torrent = self._torrents.get(info_hash)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import libtorrent as lt
 
@@ -21,10 +21,12 @@ from modelp2p.cli.connection import SocketConnector
 from modelp2p.cli.main import run as run_command
 from modelp2p.protocol import layout
 from modelp2p.protocol.journal import JournalState, replay
-from modelp2p.protocol.ranges import Ranges
 from modelp2p.protocol.statement import Release, Statement, encode_bundle, verify_statement
 from tests.nodes import Done, Node, wait_until
 from tests.releases import NAME, statement_of
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.ranges import Ranges
 
 MIB = 1 << 20
 SMALL_STORE: Mapping[str, Mapping[str, object]] = {"store": {"reserve": 0}}

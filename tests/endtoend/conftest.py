@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.endtoend.site import Site, open_site
-from tests.nodes import Node
+
+if TYPE_CHECKING:
+    from tests.nodes import Node
 
 
 @dataclass(frozen=True)

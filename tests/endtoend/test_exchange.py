@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.endtoend.conftest import Pair
 from tests.endtoend.site import (
     FETCH_KEYS,
     MIB,
@@ -24,6 +24,9 @@ from tests.endtoend.site import (
     some_bytes,
 )
 from tests.nodes import tree_bytes
+
+if TYPE_CHECKING:
+    from tests.endtoend.conftest import Pair
 
 pytestmark = pytest.mark.swarm
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from safetensors.torch import load_file
 
 from modelp2p.loader import load, stream
-from tests.endtoend.conftest import Pair
 from tests.endtoend.site import LOAD_KEYS, MIB, VERIFY_KEYS, check_uploaded, fetched, flip_byte, model, size_of
 from tests.loader.models import same
 from tests.nodes import tree_bytes
+
+if TYPE_CHECKING:
+    from tests.endtoend.conftest import Pair
 
 pytestmark = pytest.mark.swarm
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.endtoend.conftest import Pair
 from tests.endtoend.site import MIB, Site, disk_bytes, fetched, inodes, model, size_of, snapshot, weights
 from tests.nodes import tree_bytes, wait_until
+
+if TYPE_CHECKING:
+    from tests.endtoend.conftest import Pair
 
 pytestmark = pytest.mark.swarm
 

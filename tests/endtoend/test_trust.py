@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,10 +17,12 @@ from modelp2p.protocol.links import parse_link
 from modelp2p.protocol.manifest import decode_manifest, encode_manifest
 from modelp2p.protocol.statement import Statement, decode_bundle
 from modelp2p.protocol.torrent import torrent_bytes
-from tests.endtoend.conftest import Pair
 from tests.endtoend.site import MIB, Site, check_uploaded, fetched, model, size_of
 from tests.nodes import Node, tree_bytes
 from tests.releases import publisher, write_files
+
+if TYPE_CHECKING:
+    from tests.endtoend.conftest import Pair
 
 pytestmark = pytest.mark.swarm
 

@@ -8,7 +8,7 @@ import pytest
 
 from modelp2p.protocol import fetching as m
 from modelp2p.protocol.errors import CorruptError, NoSpaceError, TimedOutError
-from modelp2p.protocol.fetching import (
+from modelp2p.protocol.fetch_steps import (
     Complete,
     DiskFailed,
     Effect,
@@ -17,7 +17,6 @@ from modelp2p.protocol.fetching import (
     Fail,
     Fed,
     Feed,
-    FetchMachine,
     FileFinished,
     FinishFile,
     Flush,
@@ -31,6 +30,7 @@ from modelp2p.protocol.fetching import (
     Synced,
     Tick,
 )
+from modelp2p.protocol.fetching import FetchMachine
 from modelp2p.protocol.ranges import Ranges
 from modelp2p.protocol.torrent import PieceMap
 

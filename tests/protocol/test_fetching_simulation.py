@@ -8,15 +8,19 @@ from __future__ import annotations
 import heapq
 import random
 from dataclasses import dataclass, field
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modelp2p.protocol import fetch_steps as step
 from modelp2p.protocol import fetching as m
-from modelp2p.protocol.fetching import Event, FetchMachine
+from modelp2p.protocol.fetching import FetchMachine
 from modelp2p.protocol.ranges import Ranges
 from modelp2p.protocol.torrent import PieceMap
+
+if TYPE_CHECKING:
+    from modelp2p.protocol.fetch_steps import Event
 
 MIB = 1 << 20
 MAX_STEPS = 20_000
@@ -94,15 +98,15 @@ class World:
                 assert deadline is not None, f"nothing will ever happen again: {self.machine}"
                 assert deadline > self.now, f"busy loop: {self.machine}"
                 self.now = deadline
-                self.tell(m.Tick())
+                self.tell(step.Tick())
             if self.life < MAX_DEATHS and self.dice.random() < self.faults.daemon_dies:
                 self.boot()
         assert self.machine.is_over, f"no end: {self.machine}"
         assert self.completions == 1
         assert self.finished == set(self.wanted)
         assert {piece for path in self.wanted for piece in self.pieces.pieces_of(path)} <= self.journal
-        assert self.machine.receive(m.Received((0,)), self.now) == []
-        assert self.machine.receive(m.Tick(), self.now + 1e6) == []
+        assert self.machine.receive(step.Received((0,)), self.now) == []
+        assert self.machine.receive(step.Tick(), self.now + 1e6) == []
 
     def boot(self) -> None:
         """Start the daemon, for the first time or after kill -9: only the disk is remembered."""
@@ -134,7 +138,7 @@ class World:
         before = self.machine.proven
         effects = self.machine.receive(event, self.now)
         grown = self.machine.proven.minus(before)
-        assert not grown or (isinstance(event, m.Synced) and grown == event.pieces.minus(before))
+        assert not grown or (isinstance(event, step.Synced) and grown == event.pieces.minus(before))
         self.perform(effects)
 
     def happen(self, happening: object) -> None:
@@ -146,14 +150,14 @@ class World:
                 if engine == self.engine:
                     self.start_engine()
                     # Said again once the torrent is back: whatever was told to the dead engine was told to nobody.
-                    self.tell(m.EngineLost())
+                    self.tell(step.EngineLost())
             case ("written", engine, piece):
                 if engine == self.engine and piece in self.cached:
                     self.in_file.add(piece)
             case ("flushed", engine):
                 if engine == self.engine and self.is_engine_up:
                     self.in_file |= self.cached
-                    self.tell(m.Flushed())
+                    self.tell(step.Flushed())
             case ("look", piece):
                 # The file is read at some moment of the look, not at its end.
                 self.soon(("looked", piece, piece in self.in_file))
@@ -161,18 +165,18 @@ class World:
                 self.looking.discard(piece)
                 if ok:
                     self.good.add(piece)
-                self.tell(m.Proved(piece, ok))
+                self.tell(step.Proved(piece, ok))
             case ("synced", Ranges() as pieces):
                 self.is_syncing = False
                 self.journal |= set(pieces.ints())
-                self.tell(m.Synced(pieces))
+                self.tell(step.Synced(pieces))
             case ("fed", str(path), int(end)):
                 self.fed[path] = end
-                self.tell(m.Fed(path, end))
+                self.tell(step.Fed(path, end))
             case ("file", str(path)):
                 self.finished.add(path)
-                self.tell(m.FileFinished(path))
-            case ("received", int(engine), m.Received() as event):
+                self.tell(step.FileFinished(path))
+            case ("received", int(engine), step.Received() as event):
                 # What an engine said before it died is heard before its death.
                 if engine not in self.dead:
                     self.tell(event)
@@ -189,21 +193,21 @@ class World:
                 if self.dice.random() >= self.faults.lost:
                     self.cached.add(piece)
                     self.soon(("written", self.engine, piece), 0.5)
-            self.soon(("received", self.engine, m.Received(batch)))
+            self.soon(("received", self.engine, step.Received(batch)))
         if self.received and self.dice.random() < self.faults.repeats:
-            self.soon(("received", self.engine, m.Received(tuple(self.received))))
+            self.soon(("received", self.engine, step.Received(tuple(self.received))))
         if len(self.dead) < MAX_DEATHS and self.dice.random() < self.faults.engine_dies:
             self.is_engine_up = False
             self.dead.add(self.engine)
-            self.tell(m.EngineLost())
+            self.tell(step.EngineLost())
             self.soon(("engine back", self.engine), 2.0)
         elif missing or self.faults.lost:
             self.soon(("deliver", self.engine), 0.1)
 
-    def perform(self, effects: list[m.Effect]) -> None:
+    def perform(self, effects: list[step.Effect]) -> None:
         for effect in effects:
             match effect:
-                case m.Prove(piece):
+                case step.Prove(piece):
                     assert piece not in self.machine.proven, "a proven piece is proven again"
                     assert piece not in self.journal
                     assert piece not in self.looking, "one piece is looked at twice at once"
@@ -211,17 +215,17 @@ class World:
                     self.proofs += 1
                     assert len(self.looking) <= self.max_proving
                     self.soon(("look", piece))
-                case m.Sync(pieces):
+                case step.Sync(pieces):
                     assert not self.is_syncing, "two syncs at once"
                     assert set(pieces.ints()) <= self.good, "a piece is journaled without a good look"
                     assert not set(pieces.ints()) & self.journal
                     self.is_syncing = True
                     self.soon(("synced", pieces))
-                case m.Feed(path, begin, end):
+                case step.Feed(path, begin, end):
                     assert begin == self.fed.get(path, 0) < end
                     self.check_proven(path, end)
                     self.soon(("fed", path, 0 if self.dice.random() < self.faults.hash_dies else end))
-                case m.FinishFile(path):
+                case step.FinishFile(path):
                     assert path not in self.finished, "a file is finished twice"
                     assert self.fed.get(path, 0) == self.pieces.size(path)
                     self.check_proven(path, self.pieces.size(path))
@@ -229,19 +233,19 @@ class World:
                         self.soon(("fed", path, 0))
                     else:
                         self.soon(("file", path))
-                case m.Hold(on):
+                case step.Hold(on):
                     assert not self.is_engine_up or on != self.is_held, "the transfer is held twice, or released while it runs"
                     self.is_held = on and self.is_engine_up
-                case m.Flush():
+                case step.Flush():
                     self.soon(("flushed", self.engine), self.faults.flush_s)
-                case m.Readd():
+                case step.Readd():
                     assert self.faults.lost, "nothing was lost"
                     self.start_engine()
-                case m.Complete():
+                case step.Complete():
                     self.completions += 1
                     assert effect == effects[-1]
                     assert self.finished == set(self.wanted)
-                case m.Fail(error):
+                case step.Fail(error):
                     raise AssertionError(error)
                 case _:
                     assert_never(effect)

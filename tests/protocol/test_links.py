@@ -123,26 +123,26 @@ def test_other_magnets_habits_are_understood() -> None:
 
 
 PEER_TEXTS = {
-    "1.2.3.4:5": ("1.2.3.4", 5, False),
-    "8.8.8.8:53": ("8.8.8.8", 53, False),
-    "127.0.0.1:1": ("127.0.0.1", 1, True),
-    "10.1.2.3:1": ("10.1.2.3", 1, True),
-    "192.168.0.1:1": ("192.168.0.1", 1, True),
-    "169.254.169.254:80": ("169.254.169.254", 80, True),
-    "0.0.0.0:1": ("0.0.0.0", 1, True),
-    "[::1]:16881": ("::1", 16881, True),
-    "[fe80::1]:1": ("fe80::1", 1, True),
-    "[fd00::1]:1": ("fd00::1", 1, True),
-    "[::ffff:10.0.0.1]:1": ("::ffff:10.0.0.1", 1, True),
-    "[2606:4700::1111]:1": ("2606:4700::1111", 1, False),
+    "1.2.3.4:5": ("1.2.3.4", 5, True),
+    "8.8.8.8:53": ("8.8.8.8", 53, True),
+    "127.0.0.1:1": ("127.0.0.1", 1, False),
+    "10.1.2.3:1": ("10.1.2.3", 1, False),
+    "192.168.0.1:1": ("192.168.0.1", 1, False),
+    "169.254.169.254:80": ("169.254.169.254", 80, False),
+    "0.0.0.0:1": ("0.0.0.0", 1, False),
+    "[::1]:16881": ("::1", 16881, False),
+    "[fe80::1]:1": ("fe80::1", 1, False),
+    "[fd00::1]:1": ("fd00::1", 1, False),
+    "[::ffff:10.0.0.1]:1": ("::ffff:10.0.0.1", 1, False),
+    "[2606:4700::1111]:1": ("2606:4700::1111", 1, True),
     "example.org:65535": ("example.org", 65535, False),
 }
 
 
 @pytest.mark.parametrize("text", PEER_TEXTS)
-def test_peer_address_round_trip_and_privacy(text: str) -> None:
+def test_peer_address_round_trip_and_whether_the_internet_routes_it(text: str) -> None:
     peer = PeerAddress.parse(text)
-    assert (peer.host, peer.port, peer.is_private) == PEER_TEXTS[text]
+    assert (peer.host, peer.port, peer.is_public) == PEER_TEXTS[text]
     assert str(peer) == text
     assert parse_link(magnet(x_pe=text)).peers == (peer,)
 

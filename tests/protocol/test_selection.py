@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modelp2p.protocol.fetching import wanted_paths
+from modelp2p.protocol.selection import wanted_paths
 
 SIZES = {"README.md": 1, "a/model.safetensors": 2, "a/b/model.bin": 3, "config.json": 4, "onnx/x.onnx": 5}
 SELECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
