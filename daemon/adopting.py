@@ -72,7 +72,24 @@ async def adopt_files(pool: HashPool, folder: ReleaseFolder, wanted: tuple[str, 
     return good
 
 
-async def prove_staged(pool: HashPool, folder: ReleaseFolder, path: str, emit: Emit, done: int, total: int) -> int:
+async def prove_left_over(pool: HashPool, folder: ReleaseFolder, wanted: tuple[str, ...], emit: Emit) -> int:
+    """Prove what lies in the engine's folder without a journal record: after a crash, or where the journal was damaged.
+
+    Holes are skipped, so that this reads what was written and not what is only reserved. Returns the bytes found good.
+    """
+    left = {path: folder.left_over(path) for path in wanted if path not in folder.state.files}
+    total = sum(pieces.total for pieces in left.values()) * folder.release.pieces.piece_length
+    good = done = 0
+    for path, pieces in left.items():
+        if pieces:
+            good += await prove_staged(pool, folder, path, emit, done, total, pieces)
+            done += pieces.total * folder.release.pieces.piece_length
+    return good
+
+
+async def prove_staged(
+    pool: HashPool, folder: ReleaseFolder, path: str, emit: Emit, done: int, total: int, only: Ranges | None = None
+) -> int:
     """Prove and journal whatever good pieces lie in the engine's folder under `path`. Returns their bytes.
 
     Args:
@@ -82,12 +99,13 @@ async def prove_staged(pool: HashPool, folder: ReleaseFolder, path: str, emit: E
         emit: told the progress, `done` bytes of `total` being behind already.
         done: see `emit`.
         total: see `emit`.
+        only: these pieces, by number within the file; None is all.
     """
     pieces = folder.release.pieces
     first, good = pieces.first(path), 0
     fd = folder.open_staged(path)
     try:
-        async for batch in compare_pieces(pool, folder.release, path, fd):
+        async for batch in compare_pieces(pool, folder.release, path, fd, only):
             if batch.good:
                 matching = Ranges.of_ints(first + piece for piece in batch.good)
                 await trio.to_thread.run_sync(folder.sync_proven, matching)

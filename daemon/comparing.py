@@ -10,6 +10,7 @@ from modelp2p.protocol.merkle import HASH_BYTES
 
 if TYPE_CHECKING:
     from modelp2p.daemon.hashing import HashPool
+    from modelp2p.protocol.ranges import Ranges
     from modelp2p.protocol.statement import Release
 
 _PIECES_AT_ONCE = 64
@@ -24,16 +25,26 @@ class Batch:
     end: int
 
 
-async def compare_pieces(pool: HashPool, release: Release, path: str, fd: int) -> AsyncIterator[Batch]:
-    """Hash every piece of the file open in `fd` and compare it with the signed layer, a batch at a time.
+async def compare_pieces(
+    pool: HashPool, release: Release, path: str, fd: int, only: Ranges | None = None
+) -> AsyncIterator[Batch]:
+    """Hash the pieces of the file open in `fd` and compare them with the signed layer, a batch at a time.
+
+    Args:
+        pool: hashes them.
+        release: what is signed.
+        path: the file of the release.
+        fd: the bytes.
+        only: these pieces, by number within the file; None is all.
 
     Raises:
         CorruptError: the file is shorter than the manifest says.
     """
     entry, pieces = release.manifest.file(path), release.pieces
     expected, count, length = release.layers.of(entry), pieces.count(path), pieces.piece_length
-    for begin in range(0, count, _PIECES_AT_ONCE):
-        end = min(count, begin + _PIECES_AT_ONCE)
+    spans = [(0, count)] if only is None else list(only)
+    steps = [(at, min(stop, at + _PIECES_AT_ONCE)) for start, stop in spans for at in range(start, stop, _PIECES_AT_ONCE)]
+    for begin, end in steps:
         hashes = await pool.hash_pieces(fd, file_size=entry.size, piece_length=length, first=begin, count=end - begin)
         good: list[int] = []
         bad: list[int] = []

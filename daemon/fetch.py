@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from modelp2p.daemon.adopting import Source, adopt_files
+from modelp2p.daemon.adopting import Source, adopt_files, prove_left_over
 from modelp2p.daemon.folder import ReleaseFolder
 from modelp2p.daemon.manifest_swarm import fetch_statement
 from modelp2p.daemon.space import free_bytes
@@ -248,6 +248,7 @@ class _Work:
             if source is not None:
                 adopted = await adopt_files(self.node.pool, folder, self.wanted, source, self.emit)
             await trio.to_thread.run_sync(self._stage)
+            await prove_left_over(self.node.pool, folder, self.wanted, self.emit)
             folder.select(Selection(self.request.include, self.request.exclude, self.wanted))
             self.shared.is_partial = False
             await self._transfer()

@@ -11,9 +11,11 @@ It deliberately does not choose paths and does not hash.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from modelp2p.daemon.beneath import open_beneath, parent_beneath
@@ -32,6 +34,7 @@ __all__ = [
     "temporary_name",
     "write_all",
     "write_atomic",
+    "written_ranges",
 ]
 
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -161,6 +164,21 @@ def atomic_symlink(target: str | os.PathLike[str], linkpath: str | os.PathLike[s
             temporary.unlink()
             raise
         fsync_dir(link.parent)
+
+
+def written_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """The parts of a file that were ever written; all of it where the file system keeps no such books."""
+    at = 0
+    while at < size:
+        try:
+            begin = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno != errno.ENXIO:  # which says: nothing but a hole from here
+                yield at, size
+            return
+        at = min(size, os.lseek(fd, begin, os.SEEK_HOLE))
+        if begin < at:
+            yield begin, at
 
 
 def temporary_name(name: str) -> str:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Self
 
 from modelp2p.daemon.beneath import make_dirs_beneath, open_beneath, parent_beneath
 from modelp2p.daemon.diskerror import on_disk
-from modelp2p.daemon.files import check_staging, create_staging, finish_file, fsync_dir
+from modelp2p.daemon.files import check_staging, create_staging, finish_file, fsync_dir, written_ranges
 from modelp2p.daemon.journal import Journal
-from modelp2p.daemon.linking import link_visible
+from modelp2p.daemon.linking import OWN_INODE_WAYS, link_visible, place_copy
 from modelp2p.daemon.space import free_bytes
 from modelp2p.protocol import layout
 from modelp2p.protocol.errors import CorruptError, NoSpaceError, NotFoundError
@@ -134,20 +134,32 @@ class ReleaseFolder:
         for path in wanted:
             if path in self.state.files:
                 continue
+            self._reclaim(path)
             size = self.release.manifest.file(path).size
             try:
                 found = check_staging(self.store.fd, f"{self._data}/{path}")
             except NotFoundError:
                 self._forget(path)
-                if reserve:
-                    self._create_reserved(path, size, keep_free_bytes)
-                else:
-                    self._create_sparse(path, size)
+                self._create(path, size, reserve, keep_free_bytes)
                 continue
             if found.st_size != size:
                 self._forget(path)
                 self._discard(path)
-                self._create_reserved(path, size, keep_free_bytes)
+                self._create(path, size, reserve, keep_free_bytes)
+
+    def left_over(self, path: str) -> Ranges:
+        """Pieces, by number within the file, that have data in the engine's folder and no record in the journal."""
+        pieces = self.release.pieces
+        owned, length = pieces.pieces_of(path), pieces.piece_length
+        if not owned:
+            return Ranges()
+        fd = self.open_staged(path)
+        try:
+            written = Ranges.of((begin // length, -(-end // length)) for begin, end in written_ranges(fd, pieces.size(path)))
+        finally:
+            os.close(fd)
+        held = self.state.proven.intersect(Ranges.span(owned.start, owned.stop))
+        return written.minus(Ranges.of((begin - owned.start, end - owned.start) for begin, end in held))
 
     def open_staged(self, path: str) -> int:
         """A read-only descriptor of a file in the engine's folder; the caller closes it."""
@@ -289,6 +301,54 @@ class ReleaseFolder:
         self.store.remove(self._data)
         self.store.remove(layout.journal_of(self.release.info_hash))
         return freed
+
+    def _reclaim(self, path: str) -> None:
+        """Take back a file that is visible, or was about to be, and that the journal does not vouch for.
+
+        A crash between link and record leaves that, and a journal that was damaged. What is not proven must not be visible, and
+        the engine may only write to an inode without other names.
+        """
+        staged = self._stat(path)
+        folder, _, name = f"{self._tree}/{path}".rpartition("/")
+        for other in self.store.names(folder):
+            is_temporary = other.startswith(f".{name[:20]}") and other.endswith(".tmp")
+            if other == name or (is_temporary and self._is_inode(f"{folder}/{other}", staged)):
+                self.store.remove(f"{folder}/{other}")
+        if staged is None or self._stat(path) is None:
+            return
+        known = self._recorded(path)
+        if known is not None and known.borrowed and (known.dev, known.ino) == (staged.st_dev, staged.st_ino):
+            # The user's own file: our name for it goes, and its content is taken in as a copy.
+            fd = self.open_staged(path)
+            try:
+                place_copy(fd, self.store.fd, f"{self._data}/{path}", OWN_INODE_WAYS, replace=True)
+            finally:
+                os.close(fd)
+        elif staged.st_mode & 0o777 == 0o444:
+            fd = self.open_staged(path)
+            try:
+                now = os.fstat(fd)
+                if now.st_nlink == 1 and now.st_uid == os.geteuid():
+                    os.fchmod(fd, 0o600)
+            finally:
+                os.close(fd)
+
+    def _recorded(self, path: str) -> FileRecord | None:
+        record = self.store.load_record(self.release.info_hash)
+        return record.files.get(path) if record else None
+
+    def _is_inode(self, relative: str, expected: os.stat_result | None) -> bool:
+        try:
+            found = os.stat(self.store.path(relative), follow_symlinks=False)
+        except OSError:
+            return False
+        return expected is not None and (found.st_dev, found.st_ino) == (expected.st_dev, expected.st_ino)
+
+    def _create(self, path: str, size: int, reserve: bool, keep_free_bytes: int) -> None:
+        if reserve:
+            self._create_reserved(path, size, keep_free_bytes)
+        else:
+            self._create_sparse(path, size)
 
     def _create_reserved(self, path: str, size: int, keep_free_bytes: int) -> None:
         os.close(create_staging(self.store.fd, f"{self._data}/{path}", size, keep_free_bytes=keep_free_bytes))

@@ -110,7 +110,13 @@ class Node:
                 continue
             if not self.store.path(layout.journal_of(entry.info_hash)).exists():
                 continue
-            folder = ReleaseFolder.open(self.store, self.library.release(entry.digest))
+            try:
+                folder = ReleaseFolder.open(self.store, self.library.release(entry.digest))
+            except ModelP2PError as exc:
+                # One release that cannot be read costs that release, not the node.
+                self.of(entry.info_hash).error = exc.message
+                log.error("%s is not usable: %s", entry.ref, exc.message)
+                continue
             try:
                 self.note(folder)
             finally:

@@ -54,8 +54,8 @@ _PROFILES: dict[str, LibtorrentSettings] = {
         "min_reconnect_time": 1,  # 60 by default: a node that starts before its seed would wait a minute
         "peer_connect_timeout": 5,
         "connections_limit": 4000,
-        # What was asked of a peer still arrives when a torrent is held, and the *remote's* number is the one that counts:
-        # with 8000 that is 110 MiB, with 500 it is 4 to 11, at the same speed.
+        # What was asked of a peer still arrives when a torrent is held. The number the *remote* allows is what counts: lowering
+        # only our own changed nothing. One peer on loopback: 50 to 130 MiB with 8000, 15 to 21 with 1000, 4 to 11 with 500.
         "max_out_request_queue": 500,
         "max_allowed_in_request_queue": 500,
     },
@@ -88,7 +88,8 @@ _ALWAYS: LibtorrentSettings = {
     "peer_dscp": 0,
     # Limits are of payload as users count it, and bind every socket alike.
     "rate_limit_ip_overhead": False,
-    # A limited peer is given its bytes for 20 ticks at once: at the stock 500 ms a limit comes as bursts seconds apart.
+    # At the stock 500 ms a limit of 4 MB/s came as bursts of up to 10 MB with silent seconds between; at 25 ms every second
+    # brings 3.7 to 4.3 MB. An idle engine costs 0.3 % of a core.
     "tick_interval": 25,
     "mixed_mode_algorithm": 0,
     # Stock buffers and queues make a local transfer 14 MB/s instead of 250 (libtorrent#5923, #6265, Tribler#2620).

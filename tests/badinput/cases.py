@@ -54,7 +54,7 @@ def safetensors(header: bytes, body: bytes) -> bytes:
 def model(seed: int, *megabytes: int) -> dict[str, bytes]:
     """The files of a small model: one shard of each size, and a configuration."""
     shards = {f"model-{number}.safetensors": tensors(seed + number, size * MIB) for number, size in enumerate(megabytes)}
-    return {"config.json": b'{"model_type": "test"}', **shards}
+    return {"config.json": b'{"model_type": "test", "seed": %d}' % seed, **shards}
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,12 @@ def pids_of(home: Path) -> list[int]:
 def children_of(pid: int) -> dict[int, str]:
     """Pid and command line of a process's children."""
     found = {}
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+    try:
+        # Any of its threads may have started them.
+        children = [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    except OSError:
+        return {}
+    for child in children:
         try:
             found[int(child)] = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:

@@ -27,6 +27,7 @@ def main() -> None:
     )
     params = lt.load_torrent_buffer(Path(torrent).read_bytes())
     params.save_path = folder
+    assert params.ti is not None
     layout = params.ti.layout()
     params.have_pieces = [True] * layout.num_pieces()
     params.renamed_files = {

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from modelp2p.daemon.supervisor import EngineFolders, EngineSwarm
-from tests.daemon.swarming import quiet_settings, running
+from modelp2p.protocol.engine_wire import FileFailed
+from tests.daemon.swarming import PIECE, RealWorld, Shared, quiet_settings, running
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,3 +110,19 @@ async def test_a_running_engine_says_what_binds_it(home: Path) -> None:
     swarm = EngineSwarm(quiet_settings(), EngineFolders(str(home / "data"), (str(home / "store"),)))
     async with running(swarm, home / "data"):
         assert (await swarm.wait_listening()).landlock == abi
+
+
+@pytest.mark.swarm
+async def test_a_file_outside_the_folders_is_never_written_and_the_failure_is_named(home: Path) -> None:
+    shared = Shared({"model.safetensors": bytes(PIECE)})
+    seed_swarm = RealWorld().make(home / "seed")
+    swarm = EngineSwarm(quiet_settings(), EngineFolders(str(home / "data")))
+    async with running(seed_swarm, home / "seed") as seed, running(swarm, home / "data") as node:
+        shared.write(seed.folder)
+        await seed.swarm.add(shared.spec(seed.folder, have=True))
+        await swarm.add(shared.spec(home / "keys", have=False, peers=(await seed.peer(),)))
+        if (await swarm.wait_listening()).landlock:
+            failure = await node.wait_for(FileFailed)
+            assert failure.path == "model.safetensors"
+            assert not failure.no_space
+            assert [path.name for path in (home / "keys").iterdir()] == ["release.key"]

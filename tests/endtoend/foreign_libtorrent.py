@@ -17,8 +17,16 @@ def main() -> int:
     """Download, say so, seed."""
     folder, peer, *magnets = sys.argv[1:]
     host, _, port = peer.rpartition(":")
-    quiet = {"enable_dht": False, "enable_lsd": False, "enable_upnp": False, "enable_natpmp": False}
-    session = lt.session({**quiet, "listen_interfaces": "127.0.0.1:0", "allow_multiple_connections_per_ip": True})
+    session = lt.session(
+        {
+            "enable_dht": False,
+            "enable_lsd": False,
+            "enable_upnp": False,
+            "enable_natpmp": False,
+            "listen_interfaces": "127.0.0.1:0",
+            "allow_multiple_connections_per_ip": True,
+        }
+    )
     print(session.listen_port(), flush=True)
     handles = []
     for magnet in magnets:

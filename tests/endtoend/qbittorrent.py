@@ -86,7 +86,9 @@ class QBittorrent:
 def running_qbittorrent(folder: Path) -> Iterator[QBittorrent]:
     """A client whose profile and downloads lie below `folder`; fails where the program is not installed."""
     program = shutil.which("qbittorrent-nox")
-    assert program is not None, "qbittorrent-nox is missing: install the package qbittorrent-nox (apt-get install qbittorrent-nox)"
+    assert program is not None, (
+        "qbittorrent-nox is missing: install the package qbittorrent-nox (apt-get install qbittorrent-nox)"
+    )
     web, port = free_port(), free_port()
     config = folder / "profile" / "qBittorrent" / "config" / "qBittorrent.conf"
     config.parent.mkdir(parents=True)
