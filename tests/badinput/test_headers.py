@@ -41,7 +41,7 @@ FILES = {**HOSTILE, "good.safetensors": tensors(1, 100_000)}
 
 @pytest.mark.swarm
 def test_hostile_safetensors_are_fetched_and_never_loaded(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
+    loader = pytest.importorskip("modelp2p.loader")
     case = Case.of(FILES)
     node = Node(tmp_path / "node", sections=SMALL_STORE)
     bundle = case.trusted_by(node, tmp_path)
@@ -51,7 +51,8 @@ def test_hostile_safetensors_are_fetched_and_never_loaded(tmp_path: Path) -> Non
         assert (refusal.code, refusal.json["error"]["kind"]) == (24, "POLICY")
         node.ok("fetch", bundle, "--peer", seed.address, "--timeout", "20", "--allow-code")
     case.check_whole(node)
-    assert node.ok("load", "lab/model", "--files", "good.safetensors")["tensors"] == 2
+    with loader.open_release("lab/model", "cpu", home=str(node.home), files=["good.safetensors"]) as release:
+        assert len(release.load()) == 2
 
 
 @pytest.mark.parametrize("path", HOSTILE)
