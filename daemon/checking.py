@@ -20,7 +20,7 @@ from modelp2p.daemon.folder import ReleaseFolder
 from modelp2p.daemon.node import Node, pieces_of
 from modelp2p.daemon.requests import Emit, FetchRequest, Target
 from modelp2p.protocol import layout
-from modelp2p.protocol.errors import ModelP2PError, NotFoundError, StoreError
+from modelp2p.protocol.errors import NotFoundError, StoreError
 
 if TYPE_CHECKING:
     from modelp2p.daemon.library import Entry
@@ -102,7 +102,7 @@ async def _find_bad(node: Node, folder: ReleaseFolder, paths: tuple[str, ...], e
         entry = release.manifest.file(path)
         try:
             fd = open_beneath(node.store.fd, f"{tree}/{path}", os.O_RDONLY)
-        except ModelP2PError:
+        except NotFoundError:
             bad.append((path, -1))
             continue
         try:
@@ -121,35 +121,41 @@ async def _find_bad(node: Node, folder: ReleaseFolder, paths: tuple[str, ...], e
 
 async def _set_aside(node: Node, folder: ReleaseFolder, damaged: tuple[str, ...], emit: Emit) -> None:
     """Take damaged files out of sight, and put their good pieces into new inodes in the engine's folder."""
-    release = folder.release
-    tree = layout.tree_of(release.info_hash, release.manifest.revision)
     for path in damaged:
-        sources = [f"{layout.data_of(release.info_hash)}/{path}", f"{tree}/{path}"]
-        fd = await trio.to_thread.run_sync(_open_first, node, sources)
-        try:
-            await trio.to_thread.run_sync(folder.lose, pieces_of(release, (path,)), (path,))
-            await trio.to_thread.run_sync(folder.disown, path)
-            if fd is not None:
-                await _rescue(node, folder, path, fd, emit)
-        finally:
-            if fd is not None:
-                os.close(fd)
+        # One thread call for each file: a cancellation comes before or after it, never in between.
+        if await trio.to_thread.run_sync(_replace_by_copy, node, folder, path):
+            await prove_staged(node.pool, folder, path, emit, 0, folder.release.pieces.size(path))
     await trio.to_thread.run_sync(folder.save_record)
 
 
-async def _rescue(node: Node, folder: ReleaseFolder, path: str, fd: int, emit: Emit) -> None:
+def _replace_by_copy(node: Node, folder: ReleaseFolder, path: str) -> bool:
+    """Believe nothing about a file any more, and let a copy in a new inode take its place in the engine's folder.
+
+    The old inode keeps a name until its copy is whole: on the last node that has it, one bad piece must not cost the others.
+    """
+    release = folder.release
+    tree = f"{layout.tree_of(release.info_hash, release.manifest.revision)}/{path}"
+    fd = _open_first(node, [f"{layout.data_of(release.info_hash)}/{path}", tree])
+    folder.lose(pieces_of(release, (path,)), (path,))
+    if fd is None:
+        folder.disown(path)
+        return False
     try:
-        await trio.to_thread.run_sync(take_in, folder, path, fd)
-        await prove_staged(node.pool, folder, path, emit, 0, folder.release.pieces.size(path))
+        take_in(folder, path, fd)
     except StoreError as exc:
-        log.warning("the good pieces of '%s' cannot be kept and will be fetched again: %s", path, exc.message)
+        log.error("the good pieces of '%s' cannot be copied, the file is left where it is: %s", path, exc.message)
+        return False
+    finally:
+        os.close(fd)
+    node.store.remove(tree)
+    return True
 
 
 def _open_first(node: Node, paths: list[str]) -> int | None:
     for path in paths:
         try:
             return open_beneath(node.store.fd, path, os.O_RDONLY)
-        except ModelP2PError:
+        except NotFoundError:
             continue
     return None
 

@@ -26,7 +26,7 @@ async def remove_release(node: Node, entry: Entry) -> Map:
     async with shared.lock:
         await node.unseed(entry.info_hash)
         freed = await trio.to_thread.run_sync(_remove, node, entry)
-        del node.shared[entry.info_hash]
+        node.forget(entry.info_hash)
     return {"name": str(entry.name), "revision": entry.revision, "freed": freed}
 
 

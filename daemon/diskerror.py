@@ -39,3 +39,14 @@ def on_disk(what: str) -> Iterator[None]:
         yield
     except OSError as exc:
         raise disk_error(exc, what) from exc
+
+
+def engine_disk_error(path: str, message: str, *, no_space: bool) -> ModelP2PError:
+    """What an engine's word that it could not use a file means for the fetch under way."""
+    if no_space:
+        return NoSpaceError(
+            f"the disk is full: '{path}' could not be written",
+            hint="What is proven is kept. Free some space and run the same command again.",
+            path=path,
+        )
+    return StoreError(f"the engine could not use '{path}': {message}", hint="What is proven is kept.", path=path)

@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from modelp2p.daemon.space import free_bytes
 from modelp2p.daemon.transfer import Transfer
 from modelp2p.protocol import engine_wire as wire
 from modelp2p.protocol import layout
-from modelp2p.protocol.errors import ModelP2PError, NoSpaceError, PolicyError, UsageError
+from modelp2p.protocol.errors import ModelP2PError, NoSpaceError, NotFoundError, PolicyError, UsageError
 from modelp2p.protocol.journal import Selection
 from modelp2p.protocol.kinds import kind_of
 from modelp2p.protocol.selection import wanted_paths
@@ -31,6 +32,7 @@ from modelp2p.protocol.statement import Release, Statement, verify_statement
 from modelp2p.protocol.trust import admit, check_no_rival
 
 if TYPE_CHECKING:
+    from modelp2p.daemon.library import Entry
     from modelp2p.daemon.node import Node, Shared
     from modelp2p.daemon.requests import Emit, FetchRequest, Target
     from modelp2p.protocol.codec import Map, Value
@@ -81,7 +83,12 @@ async def statement_of(node: Node, target: Target, request: FetchRequest) -> Sta
     known = node.library.by_link(target.link)
     if known is not None:
         return await trio.to_thread.run_sync(node.store.load_statement, known.digest)
-    return await _from_swarm(node, target.link, request)
+    # Two commands on one new link: one asks the swarm, the other finds the answer.
+    async with node.resolving.setdefault(target.link.manifest_hash, trio.Lock()):
+        known = node.library.by_link(target.link)
+        if known is not None:
+            return await trio.to_thread.run_sync(node.store.load_statement, known.digest)
+        return await _from_swarm(node, target.link, request)
 
 
 def verify(node: Node, statement: Statement) -> Release:
@@ -93,7 +100,13 @@ def verify(node: Node, statement: Statement) -> Release:
 
 async def _from_swarm(node: Node, link: Link, request: FetchRequest) -> Statement:
     send, receive = trio.open_memory_channel[wire.Event](256)
-    node.route(link.manifest_hash, send.send)
+
+    async def route(event: wire.Event) -> None:
+        # Never waits: the one task that routes for all must not hang on a reader that has gone.
+        with contextlib.suppress(trio.WouldBlock, trio.BrokenResourceError):
+            send.send_nowait(event)
+
+    node.route(link.manifest_hash, route)
     try:
         return await fetch_statement(
             link,
@@ -153,6 +166,9 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
     if shared.lock.locked():
         emit({"phase": "waiting", "note": "another command works on this release"})
     async with shared.lock:
+        if not node.library.about(release.info_hash):
+            raise NotFoundError(f"{release.ref} was removed while this command waited", hint="Run it again to fetch it anew.")
+        was_seeding = shared.is_seeding
         folder = await trio.to_thread.run_sync(ReleaseFolder.open, node.store, release)
         try:
             work = _Work(node, shared, folder, request, wanted, allow_code, emit)
@@ -161,10 +177,17 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
                 release.manifest.name, release.publisher_id, release.info_hash, release.manifest.revision, named=resolved.is_named
             )
             node.note(folder)
+        except ModelP2PError as exc:
+            folder.close()
+            if was_seeding:
+                # What was served before is as good as it was.
+                await node.seed_locked(release.info_hash)
+                shared.error = exc.message
+            raise
         finally:
             folder.close()
         if request.seed:
-            await node.seed(release.info_hash)
+            await node.seed_locked(release.info_hash)
     result: Map = {
         "path": str(path),
         "name": str(release.manifest.name),
@@ -242,7 +265,7 @@ class _Work:
         adopted = 0
         if any(path not in folder.state.files for path in self.wanted):
             await self.node.unseed(self.shared.info_hash, statements=False)
-            await trio.to_thread.run_sync(self._share)
+            await self._share()
             self.emit({"phase": "reserving"})
             await trio.to_thread.run_sync(folder.check_space, self.wanted, store.reserve if store.reservation else 0)
             if source is not None:
@@ -319,9 +342,10 @@ class _Work:
         """Files that somebody changed since they were proven are fetched again, into new inodes."""
         changed = [path for path in self.folder.changed_files() if path in self.wanted]
         for path in changed:
-            self.folder.disown(path)
+            if not self.folder.mend(path):
+                self.folder.disown(path)
 
-    def _share(self) -> None:
+    async def _share(self) -> None:
         """Take files that another release here holds whole: equal root, equal bytes."""
         missing = {
             self.folder.release.manifest.file(path).root: path
@@ -331,19 +355,23 @@ class _Work:
         for entry in self.node.library.entries():
             if not missing:
                 return
-            other_hash = entry.info_hash
-            if other_hash == self.shared.info_hash or self.node.of(other_hash).lock.locked():
+            lock = self.node.of(entry.info_hash).lock
+            if entry.info_hash == self.shared.info_hash or lock.locked():
                 continue
-            record = self.node.store.load_record(other_hash)
-            if record is None or not any(item.root in missing for item in record.files.values()):
-                continue
-            other = ReleaseFolder.open(self.node.store, self.node.library.release(entry.digest))
-            try:
-                self._share_from(other, missing)
-            finally:
-                other.close()
+            async with lock:  # its journal gets a line, and two writers on one journal are one too many
+                await trio.to_thread.run_sync(self._share_from, entry, missing)
 
-    def _share_from(self, other: ReleaseFolder, missing: dict[bytes, str]) -> None:
+    def _share_from(self, entry: Entry, missing: dict[bytes, str]) -> None:
+        record = self.node.store.load_record(entry.info_hash)
+        if record is None or not any(item.root in missing for item in record.files.values()):
+            return
+        other = ReleaseFolder.open(self.node.store, self.node.library.release(entry.digest))
+        try:
+            self._share_whole_files(other, missing)
+        finally:
+            other.close()
+
+    def _share_whole_files(self, other: ReleaseFolder, missing: dict[bytes, str]) -> None:
         changed = set(other.changed_files())
         for other_path in list(other.state.files):
             theirs = other.release.manifest.file(other_path)

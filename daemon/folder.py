@@ -218,6 +218,8 @@ class ReleaseFolder:
         """Take a file that another release here holds whole: one more name for its inode, in the visible tree only."""
         source = other.state.files[other_path]
         stamp = link_visible(self.store.fd, f"{other._tree}/{other_path}", self.store.fd, f"{self._tree}/{path}", replace=True)
+        # A leftover of an interrupted fetch would be served in its place.
+        self._discard(path)
         owned = self.release.pieces.pieces_of(path)
         proven = [Proven(Ranges.span(owned.start, owned.stop))] if owned else []
         self._journal.append(*proven, FileDone(path, stamp, source.borrowed))
@@ -235,7 +237,7 @@ class ReleaseFolder:
     def restamp(self) -> None:
         """Journal the stats of the finished files as they are now; only after their bytes were hashed again."""
         for path, done in list(self.state.files.items()):
-            stamp = FileStamp.of(os.stat(self.disk_path(path), follow_symlinks=False))
+            stamp = FileStamp.of(os.stat(self.store.path(f"{self._tree}/{path}"), follow_symlinks=False))
             if stamp != done.stamp:
                 self._journal.append(FileDone(path, stamp, done.borrowed))
 
@@ -277,14 +279,27 @@ class ReleaseFolder:
         """Finished files that are not as they were proven: gone, replaced, resized or rewritten."""
         changed = []
         for path, done in self.state.files.items():
-            try:
-                stat = os.stat(self.disk_path(path), follow_symlinks=False)
-            except OSError:
-                changed.append(path)
-                continue
-            if not done.stamp.matches(stat, ignore_ctime=True):
+            seen = self._stat(path)
+            is_served = seen is None or done.stamp.matches(seen, ignore_ctime=True)
+            if not is_served or not self._is_visible(path, done.stamp):
                 changed.append(path)
         return changed
+
+    def mend(self, path: str) -> bool:
+        """Give a finished file its visible name back where only that was removed or replaced; False where more is wrong."""
+        done, seen = self.state.files[path], self._stat(path)
+        if seen is None or not done.stamp.matches(seen, ignore_ctime=True):
+            return False
+        stamp = link_visible(self.store.fd, f"{self._data}/{path}", self.store.fd, f"{self._tree}/{path}", replace=True)
+        self._journal.append(FileDone(path, stamp, done.borrowed))
+        return True
+
+    def _is_visible(self, path: str, stamp: FileStamp) -> bool:
+        try:
+            seen = os.stat(self.store.path(f"{self._tree}/{path}"), follow_symlinks=False)
+        except OSError:
+            return False
+        return stamp.matches(seen, ignore_ctime=True)
 
     def remove(self) -> int:
         """Delete everything of this release from the disk. Returns the bytes freed (names shared elsewhere free nothing)."""

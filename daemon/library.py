@@ -130,9 +130,7 @@ class Library:
         found = self._named(ref)
         trusted = [e for e in found if book.is_trusted(e.publisher, e.name)]
         if not found:
-            raise NotFoundError(
-                f"{ref} is not known here", hint="Fetch it by its link, which says who signed it."
-            )
+            raise NotFoundError(f"{ref} is not known here", hint="Fetch it by its link, which says who signed it.")
         if not trusted:
             raise UnknownPublisherError(
                 f"{ref} is known here only from {found[0].publisher}, whom this node does not trust for that name",
@@ -141,9 +139,11 @@ class Library:
             )
         return _newest(ref, trusted)
 
-    def any_by_name(self, ref: NameRef) -> Entry:
-        """Like `by_name`, for looking after what is here: the publisher need not be trusted for the name."""
+    def any_by_name(self, ref: NameRef, book: TrustBook) -> Entry:
+        """Like `by_name`, for looking after what is here: where nobody is trusted for the name, any publisher will do."""
         found = self._named(ref)
+        # A stranger's statement, known by a link, must not take the place of the one the user means.
+        found = [e for e in found if book.is_trusted(e.publisher, e.name)] or found
         if not found:
             raise NotFoundError(f"{ref} is not known here", hint="'modelp2p ls' shows what is.")
         return _newest(ref, found)

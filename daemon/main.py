@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -88,6 +89,7 @@ def run_daemon(home: str, config: Config, surroundings: Surroundings | None = No
 
 async def _run(home: Path, config: Config, given: Surroundings) -> int:
     _set_up_logging(config)
+    _raise_descriptor_limit()
     os.umask(0o022)  # modes are set one by one; this is for what libraries create
     with on_disk(f"cannot make the home {home}"):
         (home / layout.RUN).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -215,6 +217,12 @@ def _configured_peers(config: Config) -> list[PeerAddress]:
         with on_disk(f"cannot read the peers file {config.network.peers_file}"):
             lines += parse_peers_file(Path(config.network.peers_file).read_text(encoding="utf-8"))
     return [PeerAddress.parse(line) for line in lines]
+
+
+def _raise_descriptor_limit() -> None:
+    """Up to what the administrator allows: every file being fetched and every client holds one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _set_up_logging(config: Config) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from modelp2p.daemon.beneath import make_dirs_beneath, open_beneath
+from modelp2p.daemon.diskerror import engine_disk_error
 from modelp2p.protocol import engine_wire as wire
 from modelp2p.protocol import layout
 from modelp2p.protocol.errors import FormatError, ModelP2PError, TimedOutError
@@ -75,6 +76,8 @@ async def fetch_statement(
                     return await _read_back(link, folder, store, swarm, timeout_s)
                 case wire.AddFailed(message=message):
                     raise FormatError(f"the manifest swarm cannot be joined: {message}")
+                case wire.FileFailed(path=path, message=message, no_space=no_space):
+                    raise engine_disk_error(path, message, no_space=no_space)
                 case wire.EngineRestarted():
                     await swarm.add_magnet(spec)
                 case _:

@@ -92,7 +92,10 @@ class Node:
         self.shared: dict[bytes, Shared] = {}
         self.listening: wire.Listening | None = None
         self.engine_deaths = 0
+        self.resolving: dict[bytes, trio.Lock] = {}
+        """One lock for each statement being looked for."""
         self._routes: dict[bytes, Route] = {}
+        self._nursery: trio.Nursery | None = None
 
     def __repr__(self) -> str:
         return f"<Node {self.store.home}: {len(self.shared)} releases, {len(self._routes)} in the swarm>"
@@ -102,6 +105,13 @@ class Node:
     def of(self, info_hash: bytes) -> Shared:
         """The state of a content, made on first use."""
         return self.shared.setdefault(info_hash, Shared(info_hash))
+
+    def forget(self, info_hash: bytes) -> None:
+        """A content is gone. Its lock stays the same one: somebody may be waiting for it."""
+        shared = self.of(info_hash)
+        shared.is_complete = shared.is_partial = shared.is_seeding = False
+        shared.proven, shared.error, shared.peers = 0, "", ()
+        shared.traffic = Traffic()
 
     def restore(self) -> None:
         """Take over what the journals say; reads no payload byte."""
@@ -140,6 +150,7 @@ class Node:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Route swarm events and watch served files, until cancelled."""
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             nursery.start_soon(self._watch)
             task_status.started()
             async for event in self.swarm.events:
@@ -163,7 +174,16 @@ class Node:
         Raises:
             ModelP2PError: the folder cannot be read.
         """
+        shared = self.of(info_hash)
+        async with shared.lock:
+            if shared.transfer is None:
+                await self.seed_locked(info_hash)
+
+    async def seed_locked(self, info_hash: bytes) -> None:
+        """`seed`, for those who hold the content's lock."""
         entries = self.library.about(info_hash)
+        if not entries:
+            return
         release = await trio.to_thread.run_sync(self.library.release, entries[0].digest)
         folder = await trio.to_thread.run_sync(ReleaseFolder.open, self.store, release)
         try:
@@ -298,7 +318,9 @@ class Node:
                     shared.traffic.restart()
                     shared.status = None
                 case wire.EngineRestarted():
-                    await self._seed_again(shared)
+                    # Not awaited here: it waits for a lock whose holder may be waiting for events.
+                    assert self._nursery is not None
+                    self._nursery.start_soon(self._seed_again, shared)
                 case wire.FileFailed(path=path, message=message):
                     shared.error = f"'{path}' cannot be read: {message}"
                     log.error("%s", shared.error)
@@ -322,8 +344,12 @@ class Node:
         while True:
             await trio.sleep(WATCH_S)
             for shared in list(self.shared.values()):
-                if shared.is_seeding and shared.transfer is None:
-                    await self._check_unchanged(shared)
+                if shared.is_seeding and not shared.lock.locked():
+                    try:
+                        async with shared.lock:
+                            await self._check_unchanged(shared)
+                    except ModelP2PError as exc:
+                        log.error("cannot look after %s: %s", shared.info_hash.hex()[:16], exc.message)
 
     async def _check_unchanged(self, shared: Shared) -> None:
         record = await trio.to_thread.run_sync(self.store.load_record, shared.info_hash)

@@ -20,7 +20,7 @@ from modelp2p.daemon.requests import flag, text, texts
 from modelp2p.daemon.sealed import read_sealed, sealed
 from modelp2p.protocol import codec, layout
 from modelp2p.protocol.envelope import MAX_ENVELOPE_BYTES
-from modelp2p.protocol.errors import FormatError, ModelP2PError, RollbackError, UntrustedError, UsageError
+from modelp2p.protocol.errors import CorruptError, FormatError, ModelP2PError, RollbackError, UntrustedError, UsageError
 from modelp2p.protocol.journal import Selection
 from modelp2p.protocol.layers import encode_layers
 from modelp2p.protocol.manifest import MAX_UINT, FileEntry, Lineage, Manifest, Origin, encode_manifest
@@ -232,7 +232,13 @@ def _move_in(node: Node, release: Release, prepared: Prepared) -> None:
             pieces = pieces_of(release, (path,))
             if pieces:
                 folder.sync_proven(pieces)
-            folder.finish(path, borrowed=prepared.way == "link", replace=True)
+            folder.finish(path, borrowed=path in prepared.borrowed, replace=True)
+            if not prepared.stamps[path].matches_stamp(folder.state.files[path].stamp):
+                # A borrowed file may be written to at any time, also between hashing and signing.
+                folder.disown(path)
+                raise CorruptError(
+                    f"'{path}' changed after it was hashed", hint="Publish again when nothing writes to it.", path=path
+                )
         folder.select(Selection((), (), tuple(entry.path for entry in release.manifest.files)))
         folder.complete()
     finally:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from modelp2p.daemon.beneath import make_dirs_beneath, open_beneath, remove_tree_beneath
-from modelp2p.daemon.diskerror import on_disk
+from modelp2p.daemon.diskerror import disk_error, on_disk
 from modelp2p.daemon.files import temporary_name
 from modelp2p.daemon.hashing import FileToHash, HashPool
 from modelp2p.daemon.linking import place_copy
@@ -55,6 +55,8 @@ class Prepared:
     layers: Layers
     staging: str
     stamps: dict[str, FileStamp]
+    borrowed: frozenset[str]
+    """Files whose inode is the user's own: never chmod-ed, written or truncated."""
     way: str
     """How the files were taken in: `reflink`, `link` or `copy` (the costliest that was needed)."""
     skipped: tuple[str, ...]
@@ -110,9 +112,7 @@ async def _prepare(
     staging: str,
     progress: Progress,
 ) -> Prepared:
-    ways = set()
-    for path in paths:
-        ways.add(await trio.to_thread.run_sync(_take_in, source, store, staging, path))
+    ways = {path: await trio.to_thread.run_sync(_take_in, source, store, staging, path) for path in paths}
     stamps = {path: FileStamp.of(_stat(store, staging, path)) for path in paths}
     total = sum(stamp.size for stamp in stamps.values())
     piece_length = torrent.piece_length_for(total)
@@ -146,8 +146,9 @@ async def _prepare(
     revision = origin.commit if origin else content_revision(files)
     info_hash = torrent.info_hash(payload_info(revision, files, piece_length))
     manifest = template(files, piece_length, info_hash, revision)
-    way = next(way for way in ("copy", "link", "reflink") if way in ways)
-    return Prepared(manifest, make_layers(piece_length, by_root), staging, stamps, way, skipped)
+    way = next(way for way in ("copy", "link", "reflink") if way in ways.values())
+    borrowed = frozenset(path for path, how in ways.items() if how == "link")
+    return Prepared(manifest, make_layers(piece_length, by_root), staging, stamps, borrowed, way, skipped)
 
 
 def with_sequence(manifest: Manifest, sequence: int, created: int) -> Manifest:
@@ -158,7 +159,7 @@ def with_sequence(manifest: Manifest, sequence: int, created: int) -> Manifest:
 def _list(source: int) -> tuple[dict[str, int], tuple[str, ...]]:
     sizes: dict[str, int] = {}
     skipped: list[str] = []
-    for folder, folders, names, fd in os.fwalk(".", dir_fd=source, follow_symlinks=False):
+    for folder, folders, names, fd in os.fwalk(".", dir_fd=source, follow_symlinks=False, onerror=_unreadable):
         prefix = folder[2:] + "/" if folder != "." else ""
         hidden = [name for name in (*folders, *names) if name.startswith(".")]
         skipped += [printable(prefix + name) for name in hidden]
@@ -166,7 +167,8 @@ def _list(source: int) -> tuple[dict[str, int], tuple[str, ...]]:
         for name in (*folders, *names):
             if name.startswith("."):
                 continue
-            found = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            with on_disk(f"cannot look at '{prefix}{name}'"):
+                found = os.stat(name, dir_fd=fd, follow_symlinks=False)
             if stat.S_ISLNK(found.st_mode):
                 raise UsageError(
                     f"'{prefix}{name}' is a symbolic link, and links are not published",
@@ -178,6 +180,11 @@ def _list(source: int) -> tuple[dict[str, int], tuple[str, ...]]:
             elif not stat.S_ISDIR(found.st_mode):
                 raise FormatError(f"'{prefix}{name}' is neither a file nor a folder", path=printable(prefix + name))
     return sizes, tuple(skipped)
+
+
+def _unreadable(exc: OSError) -> None:
+    # Skipping a folder that cannot be read would sign an incomplete release.
+    raise disk_error(exc, f"cannot read '{exc.filename}'") from exc
 
 
 def _take_in(source: int, store: Store, staging: str, path: str) -> str:

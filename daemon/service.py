@@ -114,6 +114,8 @@ class Service:
         self._detached += 1
         try:
             await detached(self._node, request, lambda _: None)
+        except Exception:
+            log.exception("internal error in a detached fetch")
         finally:
             self._detached -= 1
             if self._on_demand and not self._detached:
@@ -371,7 +373,7 @@ def entry_of(node: Node, target: Target) -> Entry:
         NotFoundError: it is not here.
     """
     if target.name is not None:
-        return node.library.any_by_name(target.name)
+        return node.library.any_by_name(target.name, node.book)
     if target.link is not None:
         entry = node.library.by_link(target.link)
     else:

@@ -10,6 +10,7 @@ The bytes of a release in transit are `folder.ReleaseFolder`; what is known abou
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from modelp2p.daemon.beneath import make_dirs_beneath, open_beneath, remove_tree
 from modelp2p.daemon.diskerror import on_disk
 from modelp2p.daemon.files import atomic_symlink, fsync_dir, temporary_name, write_atomic
 from modelp2p.protocol import layout
-from modelp2p.protocol.errors import NotFoundError, StoreError
+from modelp2p.protocol.errors import FormatError, NotFoundError, StoreError
 from modelp2p.protocol.publisher import MAX_CHAIN_BYTES, RootChain, decode_chain, encode_chain
 from modelp2p.protocol.record import MAX_RECORD_BYTES, ReleaseRecord, decode_record, encode_record
 from modelp2p.protocol.statement import FILE_LIMITS, Statement
@@ -27,6 +28,8 @@ from modelp2p.protocol.trust import MAX_BOOK_BYTES, TrustBook, decode_book, enco
 
 if TYPE_CHECKING:
     from modelp2p.protocol.names import ModelName, PublisherId
+
+log = logging.getLogger(__name__)
 
 _VISIBLE = (layout.STORE, layout.MANIFESTS, layout.MODELS, layout.TRUST)
 _BOOK = "book"
@@ -125,6 +128,10 @@ class Store:
         try:
             return decode_record(self._read(layout.record_of(info_hash), MAX_RECORD_BYTES))
         except NotFoundError:
+            return None
+        except FormatError as exc:
+            # A convenience, rebuilt from the journal: a rotten one counts as none.
+            log.warning("the record of %s is not used: %s", info_hash.hex()[:16], exc.message)
             return None
 
     def show_model(self, name: ModelName, publisher: PublisherId, info_hash: bytes, revision: str, *, named: bool) -> Path:

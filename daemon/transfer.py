@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from modelp2p.daemon.diskerror import engine_disk_error
 from modelp2p.daemon.hashpool import StateLostError
 from modelp2p.protocol import engine_wire as wire
 from modelp2p.protocol import fetch_steps as step
-from modelp2p.protocol.errors import CorruptError, ModelP2PError, NoSpaceError, PolicyError, StoreError
+from modelp2p.protocol.errors import CorruptError, ModelP2PError, PolicyError, StoreError
 from modelp2p.protocol.fetching import FetchMachine
 from modelp2p.protocol.kinds import HEAD_BYTES, contradiction
 from modelp2p.protocol.merkle import HASH_BYTES
@@ -125,7 +126,7 @@ class Transfer:
             case wire.Flushed():
                 await self._send.send(step.Flushed())
             case wire.FileFailed(path=path, message=message, no_space=no_space):
-                await self._send.send(step.DiskFailed(_disk_error(path, message, no_space)))
+                await self._send.send(step.DiskFailed(engine_disk_error(path, message, no_space=no_space)))
             case wire.AddFailed(message=message):
                 await self._send.send(step.DiskFailed(StoreError(f"the engine refused the torrent: {message}")))
             case wire.EngineDied():
@@ -308,16 +309,6 @@ class Transfer:
 
     def _key(self, path: str) -> str:
         return f"{self.info_hash.hex()}/{path}"
-
-
-def _disk_error(path: str, message: str, no_space: bool) -> ModelP2PError:
-    if no_space:
-        return NoSpaceError(
-            f"the disk is full: '{path}' could not be written",
-            hint="What is proven is kept. Free some space and run the same command again.",
-            path=path,
-        )
-    return StoreError(f"the engine could not use '{path}': {message}", hint="What is proven is kept.", path=path)
 
 
 def _first(group: BaseExceptionGroup[ModelP2PError]) -> ModelP2PError:

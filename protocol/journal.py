@@ -56,6 +56,10 @@ class FileStamp:
         now = FileStamp.of(stat)
         return self == (replace(now, ctime_ns=self.ctime_ns) if ignore_ctime else now)
 
+    def matches_stamp(self, other: FileStamp) -> bool:
+        """Whether two stamps are of one unmodified file; names and modes may differ, which alters the ctime alone."""
+        return self == replace(other, ctime_ns=self.ctime_ns)
+
 
 @dataclass(frozen=True, slots=True)
 class Proven:

@@ -28,13 +28,19 @@ def seed(case: Case, tmp_path: Path) -> Iterator[Witness]:
         yield witness
 
 
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    with Node(tmp_path_factory.mktemp("n") / "node", sections=SMALL_STORE).start() as node:
+        yield node
+
+
 @pytest.fixture
-def node(case: Case, seed: Witness, tmp_path: Path) -> Iterator[Node]:
-    """A running node that holds the whole release."""
-    with Node(tmp_path / "node", sections=SMALL_STORE).start() as running:
-        bundle = case.trusted_by(running, tmp_path)
-        running.ok("fetch", bundle, "--peer", seed.address, "--timeout", "20")
-        yield running
+def node(running: Node, case: Case, seed: Witness, tmp_path: Path) -> Iterator[Node]:
+    """A running node that holds the whole release, for one test."""
+    bundle = case.trusted_by(running, tmp_path)
+    assert run(running, "fetch", bundle, "--peer", seed.address, "--timeout", "20").code == 0
+    yield running
+    assert run(running, "rm", "lab/model", "-y").code == 0
 
 
 def flip(path: Path, *, keep_times: bool = False) -> bytes:

@@ -38,7 +38,7 @@ def test_a_second_daemon_is_refused_and_told_who_has_the_home(tmp_path: Path) ->
 
 
 @pytest.mark.swarm
-@pytest.mark.parametrize("name", ["data", "journal", "keys", "run"])
+@pytest.mark.parametrize("name", ["data", "run"])
 def test_a_private_folder_open_to_others_is_refused(name: str, tmp_path: Path) -> None:
     node = Node(tmp_path / "node", sections=SMALL_STORE)
     place = node.home / name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,6 @@ import pytest
 from tests.badinput.cases import SMALL_STORE, Case, Witness, model, refused, refused_once
 from tests.nodes import Node
 
-FILES = model(40, 2, 1)
 NAME = "model-0.safetensors"
 VICTIM = b"precious\n" * 1000
 
@@ -31,7 +30,7 @@ def hard_link(data: Path, victim: Path) -> None:
 def folder(data: Path, victim: Path) -> None:
     """The whole staging folder is a symlink to where the victim lies."""
     if data.exists():
-        data.rename(data.with_name("aside"))
+        data.rename(data.with_name(f"aside-{data.name}"))
     data.symlink_to(victim.parent, target_is_directory=True)
 
 
@@ -41,18 +40,25 @@ def fifo(data: Path, victim: Path) -> None:
     os.mkfifo(data / NAME)
 
 
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """One running node for all of these tests; each brings a release of its own."""
+    with Node(tmp_path_factory.mktemp("n") / "node", sections=SMALL_STORE).start() as running:
+        yield running
+
+
 PLANTS = (symlink, hard_link, folder, fifo)
 
 
 @pytest.mark.swarm
 @pytest.mark.parametrize("plant", PLANTS)
-def test_a_link_planted_before_the_fetch_is_refused(plant: Callable[[Path, Path], None], tmp_path: Path) -> None:
-    case = Case.of(FILES)
+def test_a_link_planted_before_the_fetch_is_refused(node: Node, plant: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    case = Case.of(model(40 + 2 * PLANTS.index(plant), 2, 1))
     victim = tmp_path / "elsewhere" / NAME
     victim.parent.mkdir()
     victim.write_bytes(VICTIM)
     before = victim.stat()
-    with Witness(case, tmp_path / "seed") as seed, Node(tmp_path / "node", sections=SMALL_STORE).start() as node:
+    with Witness(case, tmp_path / "seed") as seed:
         bundle = case.trusted_by(node, tmp_path)
         plant(case.data(node), victim)
         refused(node, "fetch", bundle, "--peer", seed.address, "--timeout", "10", code=1, kind="OTHER")
@@ -65,13 +71,13 @@ def test_a_link_planted_before_the_fetch_is_refused(plant: Callable[[Path, Path]
 
 @pytest.mark.swarm
 @pytest.mark.parametrize("plant", PLANTS)
-def test_a_link_planted_between_two_runs_is_refused(plant: Callable[[Path, Path], None], tmp_path: Path) -> None:
-    case = Case.of(FILES)
+def test_a_link_planted_between_two_runs_is_refused(node: Node, plant: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    case = Case.of(model(50 + 2 * PLANTS.index(plant), 2, 1))
     victim = tmp_path / "elsewhere" / NAME
     victim.parent.mkdir()
     victim.write_bytes(case.files[NAME][:-1] + b"?")
     victim_bytes = victim.read_bytes()
-    with Witness(case, tmp_path / "seed") as seed, Node(tmp_path / "node", sections=SMALL_STORE).start() as node:
+    with Witness(case, tmp_path / "seed") as seed:
         bundle = case.trusted_by(node, tmp_path)
         refused_once(node, "fetch", bundle, "--timeout", "1", code=5, kind="TIMED_OUT")
         plant(case.data(node), victim)
@@ -81,11 +87,11 @@ def test_a_link_planted_between_two_runs_is_refused(plant: Callable[[Path, Path]
 
 
 @pytest.mark.swarm
-def test_a_link_where_the_visible_file_goes_is_replaced_and_never_followed(tmp_path: Path) -> None:
-    case = Case.of(FILES)
+def test_a_link_where_the_visible_file_goes_is_replaced_and_never_followed(node: Node, tmp_path: Path) -> None:
+    case = Case.of(model(60, 2, 1))
     victim = tmp_path / "victim"
     victim.write_bytes(VICTIM)
-    with Witness(case, tmp_path / "seed") as seed, Node(tmp_path / "node", sections=SMALL_STORE).start() as node:
+    with Witness(case, tmp_path / "seed") as seed:
         bundle = case.trusted_by(node, tmp_path)
         case.tree(node).mkdir(parents=True)
         (case.tree(node) / NAME).symlink_to(victim)
