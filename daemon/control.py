@@ -26,7 +26,7 @@ from modelp2p.daemon.client import build
 from modelp2p.protocol import control
 from modelp2p.protocol.codec import Map
 from modelp2p.protocol.control import Event, Failure, Hello, Message, Request, Result
-from modelp2p.protocol.errors import DaemonError, DeniedError, FormatError, Kind, ModelP2PError, StoreError
+from modelp2p.protocol.errors import DaemonError, DeniedError, FormatError, ModelP2PError, StoreError
 from modelp2p.protocol.framing import FrameDecoder
 
 log = logging.getLogger(__name__)
@@ -177,12 +177,6 @@ class ControlServer:
                     reply: Message = Result(request.id, answer.result, len(answer.fds))
                 except ModelP2PError as exc:
                     reply = Failure.of(request.id, exc)
-                except Exception as exc:
-                    # A bug in one verb must not end the daemon and everybody else's work.
-                    log.exception("internal error in '%s'", request.verb)
-                    reply = Failure(
-                        request.id, Kind.OTHER.name, f"internal error: {type(exc).__name__}", "The daemon's log has it."
-                    )
                 except Exception as exc:
                     # A bug costs the request that met it, not everybody else's transfers.
                     log.exception("bug while serving '%s'", request.verb)

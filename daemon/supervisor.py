@@ -67,6 +67,7 @@ STABLE_AFTER_S = 60.0
 """An engine that lived this long starts the back-off anew."""
 CLOSE_TIMEOUT_S = 4.5
 MAX_WAITING_COMMANDS = 64
+PORT_TRIES = 20
 _RECEIVE_BYTES = 256 << 10
 
 
@@ -236,10 +237,22 @@ class EngineSwarm:
                 self._process = None
         return f"{outcome}; {_exit_reason(code)}"
 
+    def _settings_now(self) -> EngineSettings:
+        """As given, but a new engine asks for the port the old one had: links and peers know that one."""
+        known, settings = self._listening, self._settings
+        if known is None:
+            return settings
+        hosts = [(host, port) for host, _, port in (text.rpartition(":") for text in settings.listen)]
+        if not settings.port_tries and all(port != "0" for _, port in hosts):
+            return settings
+        listen = tuple(f"{host}:{known.port}" for host, _ in hosts)
+        # Somebody may have taken it meanwhile, and nobody insisted on it.
+        return replace(settings, listen=listen, port_tries=settings.port_tries or PORT_TRIES)
+
     async def _talk(self, stream: trio.SocketStream) -> str:
         folders = self._folders
         await stream.send_all(encode_message(Hello(V_MIN, V_MAX, "daemon")))
-        await stream.send_all(encode_message(Configure(self._settings, folders.data, folders.readable)))
+        await stream.send_all(encode_message(Configure(self._settings_now(), folders.data, folders.readable)))
         receiver = _Receiver(stream)
         hello = await receiver.next_message()
         if hello is None:

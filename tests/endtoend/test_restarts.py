@@ -106,9 +106,11 @@ def test_a_killed_engine_comes_back_and_the_fetch_goes_on(pair: Pair) -> None:
     status = node.ok("status")["node"]
     assert status["engine_restarts"] == 1
     assert tree_bytes(Path(node.ok("show", "lab/engine")["path"])) == files
-    # The seed's engine too: it serves again by itself, on whatever port the new engine found.
+    # The seed's engine too: it serves again by itself, on the port that peers know.
+    port = seed.port
     os.kill(seed.ok("status")["node"]["engine_pid"], signal.SIGKILL)
     wait_until(lambda: is_back(seed), 20, "a new engine")
+    assert seed.port == port
     third = pair.site.node("third")
     assert tree_bytes(Path(fetched(third, published, seed)["path"])) == files
 
