@@ -319,12 +319,6 @@ class Witness:
         return len(self.uploads()) * _BLOCK_BYTES
 
 
-def stop_softly(node: Node) -> None:
-    """Stop a node's daemon if one runs."""
-    if node.process is not None:
-        node.stop()
-
-
 def pids_of(home: Path) -> list[int]:
     """Every live process that was told this home or its data folder: daemons, whoever started them."""
     found = []

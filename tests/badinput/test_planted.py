@@ -53,7 +53,7 @@ PLANTS = (symlink, hard_link, folder, fifo)
 @pytest.mark.swarm
 @pytest.mark.parametrize("plant", PLANTS)
 def test_a_link_planted_before_the_fetch_is_refused(node: Node, plant: Callable[[Path, Path], None], tmp_path: Path) -> None:
-    case = Case.of(model(40 + 2 * PLANTS.index(plant), 2, 1))
+    case = Case.of(model(40 + 2 * PLANTS.index(plant), 2, 1), name=f"lab/{plant.__name__}-before")
     victim = tmp_path / "elsewhere" / NAME
     victim.parent.mkdir()
     victim.write_bytes(VICTIM)
@@ -72,7 +72,7 @@ def test_a_link_planted_before_the_fetch_is_refused(node: Node, plant: Callable[
 @pytest.mark.swarm
 @pytest.mark.parametrize("plant", PLANTS)
 def test_a_link_planted_between_two_runs_is_refused(node: Node, plant: Callable[[Path, Path], None], tmp_path: Path) -> None:
-    case = Case.of(model(50 + 2 * PLANTS.index(plant), 2, 1))
+    case = Case.of(model(50 + 2 * PLANTS.index(plant), 2, 1), name=f"lab/{plant.__name__}-between")
     victim = tmp_path / "elsewhere" / NAME
     victim.parent.mkdir()
     victim.write_bytes(case.files[NAME][:-1] + b"?")
@@ -88,7 +88,7 @@ def test_a_link_planted_between_two_runs_is_refused(node: Node, plant: Callable[
 
 @pytest.mark.swarm
 def test_a_link_where_the_visible_file_goes_is_replaced_and_never_followed(node: Node, tmp_path: Path) -> None:
-    case = Case.of(model(60, 2, 1))
+    case = Case.of(model(60, 2, 1), name="lab/visible")
     victim = tmp_path / "victim"
     victim.write_bytes(VICTIM)
     with Witness(case, tmp_path / "seed") as seed:
