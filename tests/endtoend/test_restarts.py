@@ -74,7 +74,8 @@ def test_sigterm_ends_a_daemon_that_fetches_and_the_rest_is_fetched_later(pair: 
     assert row["state"] == "paused"
     assert MIB <= row["proven"] < size_of(files)
     result = fetched(node, published, seed)
-    assert result["from_peers"] == size_of(files) - row["proven"]
+    # Never a proven piece again; a piece that had reached the disk and not yet the journal need not come again either.
+    assert 0 < result["from_peers"] <= size_of(files) - row["proven"]
     assert tree_bytes(Path(result["path"])) == files
 
 
@@ -91,7 +92,8 @@ def test_kill_9_loses_nothing_that_was_proven(pair: Pair) -> None:
     row = node.release("lab/kill")
     assert MIB <= row["proven"] < size_of(files)
     result = fetched(node, published, seed)
-    assert result["from_peers"] == size_of(files) - row["proven"]
+    # Never a proven piece again; a piece that had reached the disk and not yet the journal need not come again either.
+    assert 0 < result["from_peers"] <= size_of(files) - row["proven"]
     assert tree_bytes(Path(result["path"])) == files
 
 
