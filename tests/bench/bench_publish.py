@@ -71,7 +71,7 @@ def publish_once(work: Path, source: Path) -> tuple[float, int]:
         running = False
         watcher.join()
     shutil.rmtree(work)
-    return result["milliseconds"] / 1000, peak
+    return result["seconds"], peak
 
 
 def family(pid: int) -> list[int]:
