@@ -132,6 +132,7 @@ def test_ctrl_c_pauses_a_fetch(pair: Pair) -> None:
     code, said = end(client)
     assert code == 7, said
     wait_until(lambda: node.release("lab/ctrl-c")["state"] == "paused", 10, "paused")
+    proven = node.release("lab/ctrl-c")["proven"]
     result = fetched(node, published, seed)
     assert 0 < result["from_peers"] <= size_of(files) - proven
     assert tree_bytes(Path(result["path"])) == files
