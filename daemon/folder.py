@@ -83,10 +83,6 @@ class ReleaseFolder:
             return str(self.store.path(f"{self._tree}/{path}"))
         return str(self.store.path(f"{self._data}/{path}"))
 
-    def visible_path(self) -> str:
-        """The visible tree, absolute."""
-        return str(self.store.path(self._tree))
-
     def proven_bytes(self, paths: Iterable[str]) -> int:
         """Bytes of these files whose pieces are journaled."""
         pieces = self.release.pieces
@@ -164,10 +160,6 @@ class ReleaseFolder:
     def open_staged(self, path: str) -> int:
         """A read-only descriptor of a file in the engine's folder; the caller closes it."""
         return open_beneath(self.store.fd, f"{self._data}/{path}", os.O_RDONLY)
-
-    def open_any(self, path: str) -> int:
-        """A read-only descriptor of a file wherever it lies; the caller closes it."""
-        return os.open(self.disk_path(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
 
     def data_dirfd(self) -> int:
         """A descriptor of the engine's folder; the caller closes it."""

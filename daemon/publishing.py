@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -149,11 +149,6 @@ async def _prepare(
     way = next(way for way in ("copy", "link", "reflink") if way in ways.values())
     borrowed = frozenset(path for path, how in ways.items() if how == "link")
     return Prepared(manifest, make_layers(piece_length, by_root), staging, stamps, borrowed, way, skipped)
-
-
-def with_sequence(manifest: Manifest, sequence: int, created: int) -> Manifest:
-    """The same statement with another sequence and time: what republishing compares."""
-    return replace(manifest, sequence=sequence, created=created)
 
 
 def _list(source: int) -> tuple[dict[str, int], tuple[str, ...]]:
