@@ -51,6 +51,13 @@ class MetadataArrived:
 
 
 @dataclass(frozen=True, slots=True)
+class FilesChecked:
+    """libtorrent has looked at the files of a torrent and may be let go on."""
+
+    info_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class StatusUpdates:
     """The torrents that changed within the last second; peers are not in it yet."""
 
@@ -75,7 +82,7 @@ class SocketOpened:
     is_tcp: bool
 
 
-Copied: TypeAlias = Event | TorrentAdded | MetadataArrived | StatusUpdates | SocketOpened
+Copied: TypeAlias = Event | TorrentAdded | FilesChecked | MetadataArrived | StatusUpdates | SocketOpened
 
 
 def copy_alert(alert: lt.alert) -> Copied | None:
@@ -90,6 +97,8 @@ def copy_alert(alert: lt.alert) -> Copied | None:
             # A refused torrent has no handle, but the parameters still name it.
             digest = alert.params.info_hashes.v2.to_bytes()
             return TorrentAdded(digest, alert.handle, _message(alert.error))
+        case lt.torrent_checked_alert():
+            return FilesChecked(_hash_of(alert))
         case lt.metadata_received_alert():
             return MetadataArrived(_hash_of(alert))
         case lt.torrent_finished_alert():

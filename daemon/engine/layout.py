@@ -64,6 +64,9 @@ def torrent_params(spec: TorrentSpec, *, pex: bool) -> lt.add_torrent_params:
     _fill(params, spec, pex)
     if spec.sequential:
         params.flags |= lt.torrent_flags.sequential_download
+    # Resumed once libtorrent has looked at its files (`session`): a torrent that is resumed calls its peers at once, one that is
+    # added running leaves them to the next tick of a second hand, and half a second passes.
+    params.flags |= lt.torrent_flags.paused
     return params
 
 
@@ -112,7 +115,7 @@ def _fill(params: lt.add_torrent_params, spec: TorrentSpec | MagnetSpec, pex: bo
     params.trackers = list(spec.trackers)
     params.tracker_tiers = [0] * len(spec.trackers)
     params.dht_nodes = []
-    # Written out, not taken from the defaults: `auto_managed` would queue and pause, and `paused` would wait for it.
+    # Written out, not taken from the defaults: `auto_managed` would queue and pause.
     flags = lt.torrent_flags
     params.flags = flags.update_subscribe | flags.apply_ip_filter | flags.duplicate_is_error
     if not pex:

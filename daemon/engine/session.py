@@ -18,6 +18,7 @@ import libtorrent as lt
 
 from modelp2p.daemon.engine import layout
 from modelp2p.daemon.engine.alerts import (
+    FilesChecked,
     MetadataArrived,
     PeerReport,
     SocketOpened,
@@ -169,6 +170,8 @@ class Session:
                     pass
                 case TorrentAdded():
                     yield from self._added(copied)
+                case FilesChecked():
+                    self._resume(copied.info_hash)
                 case MetadataArrived():
                     yield from self._metadata(copied.info_hash)
                 case StatusUpdates():
@@ -247,6 +250,11 @@ class Session:
         waiting, torrent.waiting = torrent.waiting, []
         for command in waiting:
             self._perform(reply.info_hash, torrent, reply.handle, command)
+
+    def _resume(self, info_hash: bytes) -> None:
+        torrent = self._torrents.get(info_hash)
+        if torrent is not None and torrent.handle is not None:
+            torrent.handle.resume()
 
     def _to_torrent(self, info_hash: bytes, command: Command) -> None:
         torrent = self._torrents.get(info_hash)
@@ -386,7 +394,8 @@ class Session:
             news = tuple(piece for piece, (has, had) in enumerate(zip(status.pieces, known, strict=False)) if has and not had)
             if news:
                 yield PiecesFinished(info_hash, news)
-            # The answers may be among what was lost.
+            # The answers may be among what was lost, and that its files were looked at.
+            torrent.handle.resume()
             for _ in range(torrent.flushes):
                 torrent.handle.flush_cache()
             if status.is_finished and torrent.is_started:
