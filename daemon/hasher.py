@@ -4,17 +4,23 @@ Hashing 16 KiB leaves holds Python's lock between leaves, so threads do not add 
 holds no secret, opens no path and writes nothing: every request brings its own descriptor (SCM_RIGHTS), and the answer is
 digests. It imports only the standard library and three modules of protocol/, because there is one worker per core.
 
+A file is mapped, not read: a copy out of the page cache costs as much as a third of the hash. The price is that a file which
+is cut short under a mapping, or a disk that fails, is no error but SIGBUS, and the end of this process; the pool tries once
+more with `mapped: false`, and then it is an error with words.
+
 Invariants:
 - one request, then one reply, in order; a worker lives until its socket closes;
 - a file that is shorter than it was said to be is an error, never a hash over what was there;
-- memory is one buffer, the hashes of the current request and one SHA-256 state per unfinished flat hash.
+- memory is one window or buffer, the hashes of the current request and one SHA-256 state per unfinished flat hash.
 
 It deliberately does not compare hashes and does not retry: the daemon does both.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
+import resource
 import signal
 import socket
 import sys
@@ -35,15 +41,22 @@ MAX_REQUEST_BYTES = 4096
 MAX_REPLY_BYTES = 1024 * 1024
 # Large enough for a disk to stream, small enough to stay in a core's cache between the read and the hash.
 BUFFER_BYTES = 1024 * 1024
+# Large enough that mapping costs nothing beside hashing, small enough to count for nothing in the memory of a process.
+WINDOW_BYTES = 4 * 1024 * 1024
 
 
 class Hasher:
-    """The operations of a worker, on descriptors; `OSError` passes through."""
+    """The operations of a worker, on descriptors; `OSError` passes through.
 
-    def __init__(self, buffer_bytes: int = BUFFER_BYTES) -> None:
-        if buffer_bytes % LEAF_BYTES:
-            raise ValueError("the buffer must hold whole leaves")
+    `is_mapped` says whether files are mapped or read from now on.
+    """
+
+    def __init__(self, buffer_bytes: int = BUFFER_BYTES, window_bytes: int = WINDOW_BYTES) -> None:
+        if buffer_bytes % LEAF_BYTES or window_bytes % LEAF_BYTES:
+            raise ValueError("a buffer must hold whole leaves")
+        self.is_mapped = False
         self._buffer = memoryview(bytearray(buffer_bytes))
+        self._window_bytes = window_bytes
         self._flats: dict[str, tuple[_Hash, int]] = {}
 
     def pieces(self, fd: int, file_size: int, piece_length: int, first: int, count: int) -> bytes:
@@ -107,6 +120,21 @@ class Hasher:
         self._flats.pop(key, None)
 
     def _read(self, fd: int, begin: int, end: int, take: Callable[[memoryview], object]) -> None:
+        while self.is_mapped and begin < end:
+            length = min(self._window_bytes, end - begin)
+            if os.fstat(fd).st_size < begin + length:
+                break
+            try:
+                window = mmap.mmap(fd, length, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=begin)
+            except OSError:
+                # Some network file systems have no shared mappings; and whatever else is wrong, reading will name it.
+                break
+            with window, memoryview(window) as block:
+                take(block)
+            begin += length
+        self._read_copy(fd, begin, end, take)
+
+    def _read_copy(self, fd: int, begin: int, end: int, take: Callable[[memoryview], object]) -> None:
         while begin < end:
             block = self._buffer[: min(len(self._buffer), end - begin)]
             got = 0
@@ -124,6 +152,7 @@ def answer(hasher: Hasher, request: codec.Map, fd: int) -> codec.Map:
     """The reply to one request; errors about the file are replies too, anything else ends the worker."""
     where = "hash request"
     try:
+        hasher.is_mapped = codec.take(request, "mapped", bool, where)
         match codec.take(request, "op", str, where):
             case "pieces":
                 numbers = [codec.take(request, name, int, where) for name in ("size", "piece_length", "first", "count")]
@@ -178,6 +207,8 @@ def main() -> None:
     """Runs the worker on the inherited socket whose number is the only argument."""
     # Ctrl-C goes to the whole foreground group; the daemon decides when workers end, by closing their sockets.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # SIGBUS under a mapping is part of the plan, not a bug to leave a dump of somebody's weights for.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with socket.socket(fileno=int(sys.argv[1])) as channel:
         try:
             serve(channel)

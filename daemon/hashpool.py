@@ -6,6 +6,8 @@ Invariants:
 - at most `queue_limit` requests exist at once; further callers wait;
 - a request holds its own duplicate of the descriptor, so a caller may close its own as soon as it was cancelled;
 - a worker that dies is replaced; a free request is tried once more, a key that lived there is gone;
+- after the first such death files are read, not mapped, for as long as the pool lives: a file cut short under a mapping kills
+  (SIGBUS), and only reading says what is wrong;
 - every request ends: with a reply, an error, or "the pool is closed".
 """
 
@@ -74,6 +76,7 @@ class WorkerPool:
         self._nursery: trio.Nursery | None = None
         self.requests = 0
         self.replaced = 0
+        self.is_mapping = True
 
     @property
     def worker_limit(self) -> int:
@@ -200,7 +203,7 @@ class WorkerPool:
         try:
             if worker.process is None:
                 worker.process = await WorkerProcess.start()
-            job.finish(await worker.process.ask(job.request, job.fd))
+            job.finish(await worker.process.ask({**job.request, "mapped": self.is_mapping}, job.fd))
         except WorkerDied:
             await self._bury(worker, job)
         except OSError as exc:
@@ -213,6 +216,7 @@ class WorkerPool:
         """Ends every key of a dead worker, and gives its free request to the next one."""
         process, worker.process = worker.process, None
         self.replaced += 1
+        self.is_mapping = False
         for key in list(worker.keys):
             self.forget_key(key)
         while worker.jobs:

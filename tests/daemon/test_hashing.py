@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.lowlevel
 import trio.testing
 
 from modelp2p.daemon import hashing
@@ -41,9 +42,12 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("size", INTERESTING_SIZES)
-def test_the_worker_agrees_with_hashlib(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_the_worker_agrees_with_hashlib(tmp_path: Path, size: int, is_mapped: bool) -> None:
     path, data = make(tmp_path, size)
-    hasher = Hasher(buffer_bytes=3 * LEAF_BYTES)  # does not divide a piece: pieces straddle reads
+    # Three leaves do not divide a piece: pieces straddle reads.
+    hasher = Hasher(buffer_bytes=3 * LEAF_BYTES, window_bytes=3 * LEAF_BYTES)
+    hasher.is_mapped = is_mapped
     with path.open("rb") as file:
         fd, count = file.fileno(), pieces_in(size, PIECE)
         layer = layer_of(data)
@@ -57,9 +61,11 @@ def test_the_worker_agrees_with_hashlib(tmp_path: Path, size: int) -> None:
         assert hasher.flat_finish("k", size) == sha256(data).digest()
 
 
-def test_a_shorter_file_is_an_error_and_never_a_hash(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_a_shorter_file_is_an_error_and_never_a_hash(tmp_path: Path, is_mapped: bool) -> None:
     path, data = make(tmp_path, 2 * PIECE)
     hasher = Hasher()
+    hasher.is_mapped = is_mapped
     with path.open("rb") as file:
         fd, size = file.fileno(), len(data) + 1
         with pytest.raises(CorruptError, match="shorter than expected"):
@@ -143,6 +149,7 @@ async def test_a_dead_worker_is_replaced_and_its_flat_hash_starts_over(tmp_path:
             layer = await pool.hash_pieces(fd, file_size=len(data), piece_length=PIECE, first=0, count=2)
             assert layer == layer_of(data)
             assert pool.statistics().replaced == 1
+            assert not pool.is_mapping
             with pytest.raises(StateLostError):
                 await pool.flat_update("k", fd, 100, 200)
             await pool.flat_update("k", fd, 0, 100)
@@ -150,6 +157,32 @@ async def test_a_dead_worker_is_replaced_and_its_flat_hash_starts_over(tmp_path:
             assert await pool.flat_finish("k", len(data)) == sha256(data).digest()
             with pytest.raises(StateLostError):
                 await pool.flat_finish("k", len(data))
+
+
+@pytest.mark.slow
+async def test_a_file_cut_short_while_it_is_hashed_is_an_error_with_words(tmp_path: Path) -> None:
+    """Seen before it is mapped or felt after (SIGBUS), the answer is the same."""
+    path, size = tmp_path / "cut.bin", 64 << 20
+    async with HashPool(workers=1) as pool:
+        answers: list[Exception] = []
+
+        async def hash_it() -> None:
+            with path.open("rb") as file:
+                try:
+                    await pool.hash_pieces(file.fileno(), file_size=size, piece_length=1 << 20, first=0, count=64)
+                except ModelP2PError as exc:
+                    answers.append(exc)
+
+        for number in range(3):
+            with path.open("wb") as file:
+                file.truncate(size)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(hash_it)
+                while pool.requests == number or pool.waiting:
+                    await trio.lowlevel.checkpoint()
+                os.truncate(path, LEAF_BYTES)
+        assert [type(answer) for answer in answers] == [CorruptError] * 3
+        assert (await pool.flat(os.open(path, os.O_RDONLY), LEAF_BYTES))[0] == sha256(bytes(LEAF_BYTES)).digest()
 
 
 @pytest.mark.slow
