@@ -155,8 +155,9 @@ def answer(hasher: Hasher, request: codec.Map, fd: int) -> codec.Map:
         hasher.is_mapped = codec.take(request, "mapped", bool, where)
         match codec.take(request, "op", str, where):
             case "pieces":
-                numbers = [codec.take(request, name, int, where) for name in ("size", "piece_length", "first", "count")]
-                return {"hashes": hasher.pieces(fd, *numbers)}
+                size, length = codec.take(request, "size", int, where), codec.take(request, "piece_length", int, where)
+                runs = (_pair(run) for run in codec.take(request, "runs", list, where))
+                return {"hashes": b"".join(hasher.pieces(fd, size, length, first, count) for first, count in runs)}
             case "flat":
                 plain, blob = hasher.flat(
                     fd, codec.take(request, "size", int, where), git=codec.take(request, "git", bool, where)
@@ -180,6 +181,14 @@ def answer(hasher: Hasher, request: codec.Map, fd: int) -> codec.Map:
         return {"error": "state", "message": exc.message}
     except OSError as exc:
         return {"error": "disk", "message": exc.strerror or str(exc), "errno": exc.errno or 0}
+
+
+def _pair(run: codec.Value) -> tuple[int, int]:
+    match run:
+        case [int(first), int(count)]:
+            return first, count
+        case _:
+            raise ValueError(f"not a run of pieces: {run!r}")
 
 
 def serve(channel: socket.socket) -> None:

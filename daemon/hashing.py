@@ -22,7 +22,7 @@ from modelp2p.daemon.diskerror import on_disk
 from modelp2p.daemon.hashpool import StateLostError, WorkerPool
 from modelp2p.protocol import codec
 from modelp2p.protocol.errors import ModelP2PError
-from modelp2p.protocol.merkle import pieces_in, root_of_layer
+from modelp2p.protocol.merkle import HASH_BYTES, pieces_in, root_of_layer
 
 Progress: TypeAlias = Callable[[int], None]
 """Told how many more bytes of a file are hashed; over one file the numbers add up to its size."""
@@ -94,17 +94,25 @@ class HashPool(WorkerPool):
 
     async def hash_pieces(self, fd: int, *, file_size: int, piece_length: int, first: int, count: int) -> bytes:
         """The hashes of `count` pieces from `first`, 32 bytes each, as they stand in the layer of the file."""
-        if not 0 <= first <= first + count <= pieces_in(file_size, piece_length):
-            raise ValueError(f"a file of {file_size} bytes has no pieces {first} to {first + count}")
         per_request = max(1, CHUNK_BYTES // piece_length)
         found = bytearray()
         for at in range(first, first + count, per_request):
-            some = min(per_request, first + count - at)
-            request: codec.Map = {"op": "pieces", "size": file_size, "piece_length": piece_length, "first": at, "count": some}
-            found += codec.take(await self.ask(request, fd), "hashes", bytes)
-            self._pieces += some
-            self._bytes_read += min(file_size, (at + some) * piece_length) - at * piece_length
+            run = (at, min(per_request, first + count - at))
+            found += await self.hash_runs(fd, file_size=file_size, piece_length=piece_length, runs=[run])
         return bytes(found)
+
+    async def hash_runs(self, fd: int, *, file_size: int, piece_length: int, runs: Sequence[tuple[int, int]]) -> bytes:
+        """The hashes of the pieces of `runs`, each `(first, count)`, one behind the other; one request, so keep it small."""
+        total = pieces_in(file_size, piece_length)
+        for first, count in runs:
+            if not 0 <= first <= first + count <= total:
+                raise ValueError(f"a file of {file_size} bytes has no pieces {first} to {first + count}")
+        pairs: list[codec.Value] = [[first, count] for first, count in runs]
+        request: codec.Map = {"op": "pieces", "size": file_size, "piece_length": piece_length, "runs": pairs}
+        hashes = codec.take(await self.ask(request, fd), "hashes", bytes)
+        self._pieces += len(hashes) // HASH_BYTES
+        self._bytes_read += sum(min(file_size, (first + count) * piece_length) - first * piece_length for first, count in runs)
+        return hashes
 
     async def flat(self, fd: int, size: int, git: bool = False, progress: Progress | None = None) -> tuple[bytes, bytes | None]:
         """The SHA-256 of the first `size` bytes and, with `git`, the git blob id (20 bytes) of those bytes.

@@ -25,17 +25,17 @@ from modelp2p.protocol.errors import CorruptError, ModelP2PError, PolicyError, S
 from modelp2p.protocol.fetching import FetchMachine
 from modelp2p.protocol.kinds import HEAD_BYTES, contradiction
 from modelp2p.protocol.merkle import HASH_BYTES
+from modelp2p.protocol.ranges import Ranges
 
 if TYPE_CHECKING:
     from modelp2p.daemon.folder import ReleaseFolder
     from modelp2p.daemon.hashing import HashPool
     from modelp2p.daemon.swarm import Swarm
-    from modelp2p.protocol.ranges import Ranges
 
 log = logging.getLogger(__name__)
 
-PIECES_AT_ONCE = 8
-"""Neighbouring pieces one hash request covers: fewer round trips, and still small against the window."""
+PROOF_BYTES = 16 << 20
+"""Most bytes one hash request covers: fewer round trips, and still small against the window."""
 FAREWELL_S = 2.0
 _QUEUE = 4096
 """Machine events waiting; each is small, and the engine's own event channel is bounded before this one."""
@@ -101,7 +101,7 @@ class Transfer:
             {path for path in self.wanted if path in self.folder.state.files},
             self.timeout_s,
             trio.current_time(),
-            max_proving=2 * PIECES_AT_ONCE * self.workers,
+            max_proving=2 * self._pieces_at_once * self.workers,
         )
 
     def __repr__(self) -> str:
@@ -162,8 +162,8 @@ class Transfer:
                 if not self._machine.is_over and self._needs_swarm():
                     await self._add()
                 while True:
-                    for first, count in self._runs(effects):
-                        nursery.start_soon(self._prove, first, count)
+                    for path, pieces in self._batches(effects):
+                        nursery.start_soon(self._prove, path, pieces)
                     for effect in effects:
                         if await self._perform(effect, nursery):
                             nursery.cancel_scope.cancel()
@@ -199,7 +199,7 @@ class Transfer:
         """Start or do one effect; True when the fetch is complete."""
         match effect:
             case step.Prove():
-                pass  # started in runs
+                pass  # started in batches
             case step.Sync(pieces):
                 nursery.start_soon(self._sync, pieces)
             case step.Feed(path, begin, end):
@@ -233,33 +233,37 @@ class Transfer:
         self._is_in_swarm = True
         await self.swarm.add(self.make_spec())
 
-    def _runs(self, effects: list[step.Effect]) -> list[tuple[int, int]]:
-        """The pieces to prove as runs of neighbours in one file: one request to a hash worker each."""
-        pieces = self.folder.release.pieces
-        runs: list[tuple[int, int]] = []
-        for piece in sorted(effect.piece for effect in effects if isinstance(effect, step.Prove)):
-            first, count = runs[-1] if runs else (-1, 0)
-            is_next = piece == first + count and count < PIECES_AT_ONCE and pieces.locate(first).path == pieces.locate(piece).path
-            if is_next:
-                runs[-1] = (first, count + 1)
-            else:
-                runs.append((piece, 1))
-        return runs
+    @property
+    def _pieces_at_once(self) -> int:
+        return max(1, PROOF_BYTES // self.folder.release.pieces.piece_length)
 
-    async def _prove(self, first: int, count: int) -> None:
+    def _batches(self, effects: list[step.Effect]) -> list[tuple[str, list[int]]]:
+        """The pieces to prove, a request to a hash worker each: of one file, and spread over all workers."""
+        by_file: dict[str, list[int]] = {}
+        for effect in effects:
+            if isinstance(effect, step.Prove):
+                by_file.setdefault(self.folder.release.pieces.locate(effect.piece).path, []).append(effect.piece)
+        total = sum(map(len, by_file.values()))
+        size = min(self._pieces_at_once, max(1, -(-total // self.workers)))
+        batches = []
+        for path, pieces in by_file.items():
+            pieces.sort()
+            batches += [(path, pieces[at : at + size]) for at in range(0, len(pieces), size)]
+        return batches
+
+    async def _prove(self, path: str, pieces: list[int]) -> None:
         release = self.folder.release
-        path = release.pieces.locate(first).path
-        hashes = await self.pool.hash_pieces(
+        start = release.pieces.first(path)
+        hashes = await self.pool.hash_runs(
             self._fd(path),
             file_size=release.pieces.size(path),
             piece_length=release.pieces.piece_length,
-            first=first - release.pieces.first(path),
-            count=count,
+            runs=[(begin - start, end - begin) for begin, end in Ranges.of_ints(pieces).spans],
         )
-        for index in range(count):
-            ok = hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES] == release.piece_hash(first + index)
+        for index, piece in enumerate(pieces):
+            ok = hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES] == release.piece_hash(piece)
             self.reread += not ok
-            await self._send.send(step.Proved(first + index, ok))
+            await self._send.send(step.Proved(piece, ok))
 
     async def _sync(self, pieces: Ranges) -> None:
         await trio.to_thread.run_sync(self.folder.sync_proven, pieces)

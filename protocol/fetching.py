@@ -109,6 +109,8 @@ class FetchMachine:
     """Proofs under way at once; more would only queue at the hash workers."""
     _candidates: dict[int, _Candidate] = field(default_factory=dict)
     _unsynced: set[int] = field(default_factory=set)
+    _unsynced_size: int = 0
+    """Its exact size in bytes; asked at every event, so it is kept."""
     _syncing: Ranges = field(default_factory=Ranges)
     _oldest_unsynced: float = 0.0
     _fed: dict[str, int] = field(default_factory=dict)
@@ -246,8 +248,9 @@ class FetchMachine:
             self._candidates.pop(piece, None)
             if not self._unsynced:
                 self._oldest_unsynced = now
-            if piece not in self.proven and piece not in self._syncing:
+            if piece not in self.proven and piece not in self._syncing and piece not in self._unsynced:
                 self._unsynced.add(piece)
+                self._unsynced_size += self.pieces.locate(piece).length
             return []
         if candidate is None:
             return []
@@ -331,11 +334,10 @@ class FetchMachine:
     def _start_sync(self, now: float) -> list[Effect]:
         if not self._unsynced or self._syncing:
             return []
-        size = sum(self.pieces.locate(piece).length for piece in self._unsynced)
-        if size < SYNC_BYTES and now < self._oldest_unsynced + SYNC_S and self._candidates:
+        if self._unsynced_size < SYNC_BYTES and now < self._oldest_unsynced + SYNC_S and self._candidates:
             return []
         self._syncing = Ranges.of_ints(self._unsynced)
-        self._unsynced = set()
+        self._unsynced, self._unsynced_size = set(), 0
         return [Sync(self._syncing)]
 
     def _start_files(self) -> list[Effect]:
