@@ -264,6 +264,8 @@ class _Work:
         before = set(folder.state.files)
         adopted = 0
         if any(path not in folder.state.files for path in self.wanted):
+            # One for pieces, one for flat hashes; a fast network wakes more.
+            self.node.pool.warm(2)
             await self.node.unseed(self.shared.info_hash, statements=False)
             await self._share()
             self.emit({"phase": "reserving"})

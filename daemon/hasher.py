@@ -65,22 +65,9 @@ class Hasher:
         Raises:
             CorruptError: the file ends before the last of them.
         """
-        leaves_per_piece = piece_length // LEAF_BYTES * HASH_BYTES
-        begin, end = first * piece_length, min(file_size, (first + count) * piece_length)
-        leaves, hashes = bytearray(), bytearray()
-
-        def take(block: memoryview) -> None:
-            leaves.extend(leaf_hashes(block))
-            while len(leaves) >= leaves_per_piece:
-                hashes.extend(root_of(bytes(leaves[:leaves_per_piece])))
-                del leaves[:leaves_per_piece]
-
-        self._read(fd, begin, end, take)
-        if leaves:
-            # BEP 52 pads the last piece of a larger file to a whole piece, but a file of one piece only to its own tree.
-            padding = 0 if file_size <= piece_length else leaves_per_piece - len(leaves)
-            hashes += root_of(bytes(leaves) + bytes(padding))
-        return bytes(hashes)
+        pieces = _Pieces(file_size, piece_length)
+        self._read(fd, first * piece_length, min(file_size, (first + count) * piece_length), pieces.take)
+        return pieces.finish()
 
     def flat(self, fd: int, size: int, *, git: bool) -> tuple[bytes, bytes]:
         """The SHA-256 of the whole file, and its git blob id, empty unless asked for."""
@@ -101,12 +88,25 @@ class Hasher:
             StoreError: the state stands elsewhere; the caller starts over.
             CorruptError: the file is shorter than `end`; the state is gone.
         """
-        state, at = (sha256(), 0) if offset == 0 else self._flats.get(key, (None, 0))
-        if state is None or at != offset:
-            raise StoreError(f"a flat hash stands at byte {at}, not {offset}; it has to start over", at=at)
-        self._flats.pop(key, None)
+        state = self._take_state(key, offset)
         self._read(fd, offset, end, state.update)
         self._flats[key] = (state, end)
+
+    def both_update(self, key: str, fd: int, offset: int, end: int, file_size: int, piece_length: int) -> bytes:
+        """`flat_update`, and from the same reading the hashes of the pieces there; `offset` is where a piece begins.
+
+        Raises:
+            StoreError, CorruptError: as `flat_update`.
+        """
+        state, pieces = self._take_state(key, offset), _Pieces(file_size, piece_length)
+
+        def take(block: memoryview) -> None:
+            pieces.take(block)
+            state.update(block)
+
+        self._read(fd, offset, end, take)
+        self._flats[key] = (state, end)
+        return pieces.finish()
 
     def flat_finish(self, key: str, size: int) -> bytes:
         """The digest of `key`, which must have been fed exactly `size` bytes; its state is dropped."""
@@ -118,6 +118,13 @@ class Hasher:
     def flat_drop(self, key: str) -> None:
         """Forgets `key`; unknown keys are fine."""
         self._flats.pop(key, None)
+
+    def _take_state(self, key: str, offset: int) -> _Hash:
+        state, at = (sha256(), 0) if offset == 0 else self._flats.get(key, (None, 0))
+        if state is None or at != offset:
+            raise StoreError(f"a flat hash stands at byte {at}, not {offset}; it has to start over", at=at)
+        self._flats.pop(key, None)
+        return state
 
     def _read(self, fd: int, begin: int, end: int, take: Callable[[memoryview], object]) -> None:
         while self.is_mapped and begin < end:
@@ -148,6 +155,29 @@ class Hasher:
             begin += got
 
 
+class _Pieces:
+    """Leaf by leaf to piece hashes, over bytes that arrive in order from where a piece begins."""
+
+    def __init__(self, file_size: int, piece_length: int) -> None:
+        self._bytes_per_piece = piece_length // LEAF_BYTES * HASH_BYTES
+        # BEP 52 pads the last piece of a larger file to a whole piece, but a file of one piece only to its own tree.
+        self._is_padded = file_size > piece_length
+        self._leaves, self._hashes = bytearray(), bytearray()
+
+    def take(self, block: memoryview) -> None:
+        leaves, size = self._leaves, self._bytes_per_piece
+        leaves.extend(leaf_hashes(block))
+        while len(leaves) >= size:
+            self._hashes.extend(root_of(bytes(leaves[:size])))
+            del leaves[:size]
+
+    def finish(self) -> bytes:
+        if self._leaves:
+            padding = self._bytes_per_piece - len(self._leaves) if self._is_padded else 0
+            self._hashes.extend(root_of(bytes(self._leaves) + bytes(padding)))
+        return bytes(self._hashes)
+
+
 def answer(hasher: Hasher, request: codec.Map, fd: int) -> codec.Map:
     """The reply to one request; errors about the file are replies too, anything else ends the worker."""
     where = "hash request"
@@ -166,6 +196,13 @@ def answer(hasher: Hasher, request: codec.Map, fd: int) -> codec.Map:
             case "flat_update":
                 offset, end = codec.take(request, "offset", int, where), codec.take(request, "end", int, where)
                 hasher.flat_update(codec.take(request, "key", str, where), fd, offset, end)
+                return {}
+            case "both_update":
+                offset, end = codec.take(request, "offset", int, where), codec.take(request, "end", int, where)
+                size, length = codec.take(request, "size", int, where), codec.take(request, "piece_length", int, where)
+                key = codec.take(request, "key", str, where)
+                return {"hashes": hasher.both_update(key, fd, offset, end, size, length)}
+            case "ready":
                 return {}
             case "flat_finish":
                 key = codec.take(request, "key", str, where)

@@ -1,8 +1,9 @@
 """Hashing files on all cores: pieces as BEP 52 counts them, and the flat SHA-256 that Hugging Face names files by.
 
 A request covers at most 64 MiB of a file, so progress is smooth, a cancelled request costs a worker a blink, and no long
-file keeps others waiting. A flat SHA-256 is one chain and cannot be split: it advances in one worker, while other workers
-hash the pieces of the same region, so that a file larger than memory is read from the disk once, not twice.
+file keeps others waiting. A flat SHA-256 is one chain and cannot be split. While there are files enough for all workers, each
+takes a whole file and computes both hashes in one reading; a file with workers to spare has its flat hash in one of them and
+its pieces in the others, in the same region, so that a file larger than memory is read from the disk once, not twice.
 
 It deliberately does not know what the hashes should be; `hashpool.py` has the processes, `hasher.py` is one of them.
 """
@@ -152,9 +153,58 @@ class HashPool(WorkerPool):
         self.drop_key(key)
 
     async def hash_file(
-        self, fd: int, size: int, piece_length: int, git: bool = False, progress: Progress | None = None
+        self, fd: int, size: int, piece_length: int, git: bool = False, progress: Progress | None = None, *, split: bool = True
     ) -> FileHashes:
-        """All hashes of one file: the flat ones in one worker, its pieces in the others."""
+        """All hashes of one file; `split` over several workers, or in one reading by one of them."""
+        if split or git or size <= CHUNK_BYTES:
+            return await self._hash_split(fd, size, piece_length, git, progress or _silent)
+        mark = _Mark(progress or _silent)
+        try:
+            return await self._hash_whole(fd, size, piece_length, mark)
+        except StateLostError:
+            return await self._hash_whole(fd, size, piece_length, mark)
+
+    async def hash_files(
+        self, files: Sequence[FileToHash], piece_length: int, progress: Progress | None = None
+    ) -> list[FileHashes]:
+        """All hashes of many files, in the order of `files`; the longest are begun first, so that no core waits at the end."""
+        found: dict[int, FileHashes] = {}
+        left = sorted(range(len(files)), key=lambda index: files[index].size)
+        # What is small goes through in one request anyway and cannot keep a worker busy.
+        large = sum(file.size > CHUNK_BYTES for file in files)
+
+        async def take_files() -> None:
+            nonlocal large
+            while left:
+                index = left.pop()
+                file = files[index]
+                with on_disk("cannot open a file to hash it"):
+                    fd = file.open()
+                try:
+                    split = large < self.worker_limit
+                    found[index] = await self.hash_file(fd, file.size, piece_length, file.git, progress, split=split)
+                finally:
+                    os.close(fd)
+                large -= file.size > CHUNK_BYTES
+
+        await _all_of([take_files] * min(len(files), self.worker_limit))
+        return [found[index] for index in range(len(files))]
+
+    async def _hash_whole(self, fd: int, size: int, piece_length: int, mark: _Mark) -> FileHashes:
+        layer = bytearray()
+        async with self._fresh_key() as key:
+            self.start_key(key)
+            for at in range(0, size, CHUNK_BYTES):
+                end = min(size, at + CHUNK_BYTES)
+                where: codec.Map = {"key": key, "offset": at, "end": end, "size": size, "piece_length": piece_length}
+                layer += codec.take(await self.ask({"op": "both_update", **where}, fd, key=key), "hashes", bytes)
+                self._bytes_read += end - at
+                mark.reach(end)
+            sha256 = await self.flat_finish(key, size)
+        self._pieces += pieces_in(size, piece_length)
+        return FileHashes(bytes(layer), root_of_layer(bytes(layer), piece_length), sha256, None)
+
+    async def _hash_split(self, fd: int, size: int, piece_length: int, git: bool, tell_more: Progress) -> FileHashes:
         apart = _Apart()
         ranges = list(_piece_ranges(size, piece_length))
         found: list[bytes] = [b""] * len(ranges)
@@ -165,7 +215,7 @@ class HashPool(WorkerPool):
             def tell(done: int) -> None:
                 apart.flat += done
                 apart.changed()
-                (progress or _silent)(done)
+                tell_more(done)
 
             flats.append(await self._flat(fd, size, git, tell, apart.wait_flat))
 
@@ -181,27 +231,6 @@ class HashPool(WorkerPool):
         layer = b"".join(found)
         return FileHashes(layer, root_of_layer(layer, piece_length), *flats[0])
 
-    async def hash_files(
-        self, files: Sequence[FileToHash], piece_length: int, progress: Progress | None = None
-    ) -> list[FileHashes]:
-        """All hashes of many files, in the order of `files`; the longest are begun first, so that no core waits at the end."""
-        found: dict[int, FileHashes] = {}
-        upcoming = iter(sorted(range(len(files)), key=lambda index: -files[index].size))
-
-        async def take_files() -> None:
-            for index in upcoming:
-                file = files[index]
-                with on_disk("cannot open a file to hash it"):
-                    fd = file.open()
-                try:
-                    found[index] = await self.hash_file(fd, file.size, piece_length, file.git, progress)
-                finally:
-                    os.close(fd)
-
-        # A file keeps two workers busy, one with its flat hash and one with its pieces; one more fills the gaps.
-        await _all_of([take_files] * min(len(files), self.worker_limit // 2 + 1))
-        return [found[index] for index in range(len(files))]
-
     async def _flat(
         self, fd: int, size: int, git: bool, tell: Progress, wait_turn: Callable[[int], Awaitable[None]]
     ) -> tuple[bytes, bytes | None]:
@@ -210,18 +239,15 @@ class HashPool(WorkerPool):
             self._bytes_read += size
             tell(size)
             return codec.take(reply, "sha256", bytes), codec.take(reply, "git_sha1", bytes) if git else None
-        told = 0  # a second run, after the death of a worker, tells only what the first had not told
+        mark = _Mark(tell)
 
         async def run() -> bytes:
-            nonlocal told
             async with self._fresh_key() as key:
                 for at in range(0, size, CHUNK_BYTES):
                     await wait_turn(at)
                     end = min(size, at + CHUNK_BYTES)
                     await self.flat_update(key, fd, at, end)
-                    if end > told:
-                        tell(end - told)
-                        told = end
+                    mark.reach(end)
                 return await self.flat_finish(key, size)
 
         try:
@@ -236,6 +262,19 @@ class HashPool(WorkerPool):
             yield key
         finally:
             self.drop_key(key)
+
+
+class _Mark:
+    """How far one file is; what starts over after the death of a worker is not told twice."""
+
+    def __init__(self, tell: Progress) -> None:
+        self._tell = tell
+        self._told = 0
+
+    def reach(self, end: int) -> None:
+        if end > self._told:
+            self._tell(end - self._told)
+            self._told = end
 
 
 class _Apart:

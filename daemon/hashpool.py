@@ -145,6 +145,13 @@ class WorkerPool:
                     job.finish({})
         return _checked(job.reply)
 
+    def warm(self, count: int) -> None:
+        """Starts up to `count` processes now: a tenth of a second that work about to come need not wait for."""
+        for worker in self._workers[:count]:
+            if worker.process is None and not worker.jobs and self._nursery is not None:
+                worker.jobs.append(_Job({"op": "ready"}, None))
+                worker.wake.set()
+
     def start_key(self, key: str) -> None:
         """Settles a new `key` in the worker with the fewest; an older hash of that name is dropped.
 

@@ -23,7 +23,7 @@ import trio
 from modelp2p.daemon.beneath import make_dirs_beneath, open_beneath, remove_tree_beneath
 from modelp2p.daemon.diskerror import disk_error, on_disk
 from modelp2p.daemon.files import temporary_name
-from modelp2p.daemon.hashing import FileToHash, HashPool
+from modelp2p.daemon.hashing import CHUNK_BYTES, FileToHash, HashPool
 from modelp2p.daemon.linking import place_copy
 from modelp2p.protocol import layout, torrent
 from modelp2p.protocol.errors import CorruptError, FormatError, UsageError
@@ -92,6 +92,7 @@ async def prepare(
             "there is nothing to publish: no file with content was found", hint="Give the folder that holds the model files."
         )
     check_paths(chosen)
+    pool.warm(1 + sum(sizes[path] for path in chosen) // CHUNK_BYTES)
     staging = f"{layout.DATA}/{temporary_name(STAGING_PREFIX)}"
     make_dirs_beneath(store.fd, staging, mode=0o700)
     try:
