@@ -111,10 +111,13 @@ async def test_many_files_on_all_workers(tmp_path: Path, monkeypatch: pytest.Mon
         assert len(pids) == 2
         total = sum(len(data) for _, data in made)
         statistics = pool.statistics()
-        # The larger of the two large files is read once for both hashes; the last one is split over both workers.
-        assert statistics.bytes_read == 2 * total - 5_000_000
+        # Two large files for two workers: each is read once for both hashes.
+        assert statistics.bytes_read == 2 * total - 6_500_000
         assert statistics.pieces == sum(pieces_in(len(data), PIECE) for _, data in made)
         assert statistics.waiting == statistics.replaced == 0
+        # One alone is split over both.
+        assert await pool.hash_files(files[-1:], PIECE) == found[-1:]
+        assert pool.statistics().bytes_read == statistics.bytes_read + 2 * 5_000_000
     assert sum(told) == total
     for (_, data), hashes in zip(made, found, strict=True):
         assert hashes.layer == layer_of(data)
