@@ -260,10 +260,11 @@ class Transfer:
             piece_length=release.pieces.piece_length,
             runs=[(begin - start, end - begin) for begin, end in Ranges.of_ints(pieces).spans],
         )
-        for index, piece in enumerate(pieces):
-            ok = hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES] == release.piece_hash(piece)
-            self.reread += not ok
-            await self._send.send(step.Proved(piece, ok))
+        found = [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
+        good = tuple(piece for piece, digest in zip(pieces, found, strict=True) if digest == release.piece_hash(piece))
+        bad = tuple(sorted(set(pieces) - set(good)))
+        self.reread += len(bad)
+        await self._send.send(step.Proved(good, bad))
 
     async def _sync(self, pieces: Ranges) -> None:
         await trio.to_thread.run_sync(self.folder.sync_proven, pieces)

@@ -19,10 +19,10 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Proved:
-    """The bytes of a piece were read back: `ok` where they match the signed layer."""
+    """Pieces were read back: the `good` match the signed layer, the `bad` do not, or not yet."""
 
-    piece: int
-    ok: bool
+    good: tuple[int, ...]
+    bad: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

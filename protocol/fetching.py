@@ -58,7 +58,7 @@ WINDOW_BYTES = 128 << 20
 HIGH_MARK_BYTES = 96 << 20
 LOW_MARK_BYTES = 48 << 20
 """The gap below the window is what requests under way may still bring after the transfer is held."""
-FLUSH_EVERY_S = 0.1
+FLUSH_EVERY_S = 0.05
 """Pieces finished within this time share one flush."""
 FIRST_LOOK_S = 2.0
 """A piece is looked at this long after "finished" even if no flush was answered."""
@@ -166,9 +166,8 @@ class FetchMachine:
 
     def next_deadline(self) -> float | None:
         """When to send `Tick` if nothing else happens."""
-        looking = sum(c.is_looking for c in self._candidates.values())
-        # With every proof slot taken only `Proved` can free one; a deadline in the past would spin.
-        times = [c.look_at for c in self._candidates.values() if not c.is_looking] if looking < self.max_proving else []
+        # With the proof slots taken only `Proved` can free them; a deadline in the past would spin.
+        times = [c.look_at for c in self._candidates.values() if not c.is_looking] if self._free_slots() else []
         if self._is_flush_due:
             times.append(self._flush_at)
         if self._unsynced and not self._syncing:
@@ -190,8 +189,11 @@ class FetchMachine:
             case Received(pieces):
                 for piece in pieces:
                     self._received(piece, now)
-            case Proved(piece, ok):
-                effects += self._proved(piece, ok, now)
+            case Proved(good, bad):
+                for piece in good:
+                    self._found(piece, now)
+                for piece in bad:
+                    effects += self._missed(piece, now)
             case Synced(pieces):
                 self.proven = self.proven.union(pieces)
                 self._due |= {self.pieces.locate(piece).path: None for piece in pieces.ints()}
@@ -242,16 +244,17 @@ class FetchMachine:
         self._is_flushing = False
         self._is_held = False  # a torrent that is added anew runs free
 
-    def _proved(self, piece: int, ok: bool, now: float) -> list[Effect]:
+    def _found(self, piece: int, now: float) -> None:
+        self._candidates.pop(piece, None)
+        if piece in self._unsynced or piece in self._syncing or piece in self.proven:
+            return
+        if not self._unsynced:
+            self._oldest_unsynced = now
+        self._unsynced.add(piece)
+        self._unsynced_size += self.pieces.locate(piece).length
+
+    def _missed(self, piece: int, now: float) -> list[Effect]:
         candidate = self._candidates.get(piece)
-        if ok:
-            self._candidates.pop(piece, None)
-            if not self._unsynced:
-                self._oldest_unsynced = now
-            if piece not in self.proven and piece not in self._syncing and piece not in self._unsynced:
-                self._unsynced.add(piece)
-                self._unsynced_size += self.pieces.locate(piece).length
-            return []
         if candidate is None:
             return []
         candidate.is_looking = False
@@ -320,16 +323,16 @@ class FetchMachine:
         return [Flush()]
 
     def _start_proofs(self, now: float) -> list[Effect]:
-        effects: list[Effect] = []
-        looking = sum(candidate.is_looking for candidate in self._candidates.values())
-        for piece, candidate in self._candidates.items():
-            if looking >= self.max_proving:
-                break
-            if not candidate.is_looking and candidate.look_at <= now:
-                candidate.is_looking = True
-                looking += 1
-                effects.append(Prove(piece))
-        return effects
+        free = self._free_slots()
+        due = [piece for piece, c in self._candidates.items() if not c.is_looking and c.look_at <= now][:free] if free else []
+        for piece in due:
+            self._candidates[piece].is_looking = True
+        return [Prove(piece) for piece in due]
+
+    def _free_slots(self) -> int:
+        """How many proofs may start; none before half of the slots are free, so that they start in batches."""
+        free = self.max_proving - sum(candidate.is_looking for candidate in self._candidates.values())
+        return free if 2 * free >= self.max_proving else 0
 
     def _start_sync(self, now: float) -> list[Effect]:
         if not self._unsynced or self._syncing:

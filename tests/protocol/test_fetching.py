@@ -71,7 +71,7 @@ def feed(fetch: FetchMachine, *steps: tuple[float, Event]) -> list[Effect]:
 def prove(fetch: FetchMachine, pieces: tuple[int, ...], now: float) -> list[Effect]:
     """Let these pieces be received, flushed and proven."""
     effects = feed(fetch, (now, Received(pieces)), (now + 0.2, Tick()), (now + 0.2, Flushed()))
-    return effects + feed(fetch, *((now + 0.3, Proved(piece, True)) for piece in pieces))
+    return effects + feed(fetch, *((now + 0.3, Proved((piece,))) for piece in pieces))
 
 
 def test_one_piece_walks_the_whole_way() -> None:
@@ -79,7 +79,7 @@ def test_one_piece_walks_the_whole_way() -> None:
     assert fetch.start(0) == []
     assert feed(fetch, (1, Received((0,)))) == [Flush()]
     assert feed(fetch, (1.1, Flushed())) == [Prove(0)]
-    assert feed(fetch, (1.2, Proved(0, True))) == [Sync(Ranges.span(0, 1))]
+    assert feed(fetch, (1.2, Proved((0,)))) == [Sync(Ranges.span(0, 1))]
     assert fetch.proven_bytes == 0
     assert feed(fetch, (1.3, Synced(Ranges.span(0, 1)))) == [Feed("a", 0, MIB)]
     assert fetch.proven_bytes == fetch.wanted_bytes == MIB
@@ -102,7 +102,7 @@ def test_received_is_a_hint_and_may_come_any_number_of_times() -> None:
     fetch.start(0)
     effects = feed(fetch, (1, Received((0, 1, 1))), (1, Received((1,))), (1.1, Flushed()), (1.1, Received((1, 0))))
     assert [effect for effect in effects if isinstance(effect, Prove)] == [Prove(1)]
-    assert feed(fetch, (1.2, Proved(1, True))) == [Sync(Ranges.span(1, 2))]
+    assert feed(fetch, (1.2, Proved((1,)))) == [Sync(Ranges.span(1, 2))]
     assert feed(fetch, (1.3, Received((1,)))) == []
     assert feed(fetch, (1.4, Synced(Ranges.span(1, 2)))) == []
     assert feed(fetch, (1.5, Received((1,)))) == []
@@ -133,18 +133,25 @@ def test_at_most_max_proving_looks_at_once_and_none_is_forgotten() -> None:
     effects = feed(fetch, (1, Received(tuple(range(10)))), (1.1, Flushed()))
     assert [effect for effect in effects if isinstance(effect, Prove)] == [Prove(0), Prove(1), Prove(2)]
     assert fetch.next_deadline() is None
-    looked = {0, 1, 2}
-    for piece in range(10):
-        new = [effect.piece for effect in feed(fetch, (2, Proved(piece, True))) if isinstance(effect, Prove)]
-        assert len(new) <= 1
-        looked |= set(new)
+    # Slots are filled again once half of them are free, so that a hash worker is given several pieces at once.
+    assert feed(fetch, (2, Proved((0,)))) == []
+    assert feed(fetch, (2, Proved((1,)))) == [Prove(3), Prove(4)]
+    looked, looking = {0, 1, 2, 3, 4}, {2, 3, 4}
+    while looking:
+        piece = min(looking)
+        looking.remove(piece)
+        for effect in feed(fetch, (2, Proved((piece,)))):
+            if isinstance(effect, Prove):
+                looking.add(effect.piece)
+                looked.add(effect.piece)
+        assert len(looking) <= 3
     assert looked == set(range(10))
 
 
 def test_bytes_not_there_yet_are_looked_at_again() -> None:
     fetch = machine({"a": MIB})
     feed(fetch, (1, Received((0,))), (1.1, Flushed()))
-    effects = feed(fetch, (1.2, Proved(0, False)))
+    effects = feed(fetch, (1.2, Proved((), (0,))))
     assert Readd() not in effects
     assert fetch.next_deadline() is not None
     effects = feed(fetch, (1.3, Flushed()), (1.2 + m.LOOK_AGAIN_S, Tick()))
@@ -161,7 +168,7 @@ def lose(fetch: FetchMachine, pieces: tuple[int, ...], now: float) -> list[Effec
         step: list[Effect] = []
         for effect in todo:
             if isinstance(effect, Prove):
-                step += feed(fetch, (now, Proved(effect.piece, False)))
+                step += feed(fetch, (now, Proved((), (effect.piece,))))
             elif isinstance(effect, Flush):
                 step += feed(fetch, (now, Flushed()))
         step += feed(fetch, (now, Tick()))
@@ -183,7 +190,7 @@ def test_piece_that_never_reaches_the_file_is_lost_after_patience_and_a_flush() 
 def test_lost_batch_is_one_readd_not_one_for_each_look_under_way() -> None:
     fetch = machine({"a": 8 * MIB}, max_proving=8)
     feed(fetch, (1, Received(tuple(range(8)))), (1.1, Flushed()))
-    effects = feed(fetch, *((9, Proved(piece, False)) for piece in range(8)))
+    effects = feed(fetch, *((9, Proved((), (piece,))) for piece in range(8)))
     assert effects.count(Readd()) == 1
     assert fetch.unproven_bytes == 0
 
@@ -193,17 +200,17 @@ def test_nothing_is_lost_while_its_flush_is_not_answered() -> None:
     fetch = machine({"a": MIB})
     feed(fetch, (1, Received((0,))), (3.5, Tick()))
     for second in range(4, 20):
-        effects = feed(fetch, (second, Proved(0, False)), (second + 0.5, Tick()))
+        effects = feed(fetch, (second, Proved((), (0,))), (second + 0.5, Tick()))
         assert Readd() not in effects
     assert Readd() not in feed(fetch, (20, Flushed()))
-    assert Readd() not in feed(fetch, (20.1, Proved(0, False)))  # began before the flush was done
-    assert Sync(Ranges.span(0, 1)) in feed(fetch, (20.2, Proved(0, True)))
+    assert Readd() not in feed(fetch, (20.1, Proved((), (0,))))  # began before the flush was done
+    assert Sync(Ranges.span(0, 1)) in feed(fetch, (20.2, Proved((0,))))
 
 
 def test_look_that_outlives_its_engine_counts_if_good_and_is_dropped_if_bad() -> None:
     fetch = machine({"a": 3 * MIB})
     feed(fetch, (1, Received((0, 1))), (1.1, Flushed()), (1.2, EngineLost()))
-    assert feed(fetch, (1.3, Proved(0, True)), (1.3, Proved(1, False))) == [Sync(Ranges.span(0, 1))]
+    assert feed(fetch, (1.3, Proved((0,))), (1.3, Proved((), (1,)))) == [Sync(Ranges.span(0, 1))]
     assert fetch.unproven_bytes == 0
     # Nothing more is expected of piece 1: it must not be declared lost while the new engine fetches it.
     assert Readd() not in feed(fetch, (20, Tick()))
@@ -213,7 +220,7 @@ def test_look_that_outlives_its_engine_counts_if_good_and_is_dropped_if_bad() ->
 def test_piece_that_a_new_engine_has_while_the_old_look_is_under_way_is_not_forgotten() -> None:
     fetch = machine({"a": MIB})
     feed(fetch, (1, Received((0,))), (1.1, Flushed()), (1.2, EngineLost()), (1.3, Received((0,))))
-    effects = feed(fetch, (1.4, Proved(0, False)))
+    effects = feed(fetch, (1.4, Proved((), (0,))))
     assert Readd() not in effects
     assert fetch.unproven_bytes == MIB
     assert Prove(0) in effects + feed(fetch, (1.5, Flushed()), (4, Tick()))
@@ -239,7 +246,7 @@ def test_transfer_is_held_at_the_high_mark_and_released_at_the_low_mark_once_eac
     feed(fetch, (1.2, Flushed()), (1.3, Tick()), (1.4, Flushed()))
     held = count + 2
     for piece in range(count + 2):
-        effects = feed(fetch, (2, Proved(piece, True)))
+        effects = feed(fetch, (2, Proved((piece,))))
         held -= 1
         assert (Hold(False) in effects) == (held == m.LOW_MARK_BYTES // PIECE)
     assert fetch.unproven_bytes == 0
@@ -275,12 +282,12 @@ def test_torrent_added_again_is_not_believed_to_be_held_still() -> None:
 def test_batch_is_synced_at_its_size_or_age_or_when_nothing_else_comes() -> None:
     fetch = machine({"a": 200 * MIB}, max_proving=100)
     feed(fetch, (1, Received(tuple(range(100)))), (1.1, Flushed()))
-    assert feed(fetch, (1.2, Proved(0, True))) == []
+    assert feed(fetch, (1.2, Proved((0,)))) == []
     assert fetch.next_deadline() == 1.2 + m.SYNC_S
     assert feed(fetch, (1.2 + m.SYNC_S, Tick())) == [Sync(Ranges.span(0, 1))]
-    effects = feed(fetch, (2.3, Synced(Ranges.span(0, 1))), *((2.4, Proved(piece, True)) for piece in range(1, 66)))
+    effects = feed(fetch, (2.3, Synced(Ranges.span(0, 1))), *((2.4, Proved((piece,))) for piece in range(1, 66)))
     assert [effect for effect in effects if isinstance(effect, Sync)] == [Sync(Ranges.span(1, 1 + m.SYNC_BYTES // MIB))]
-    feed(fetch, *((2.5, Proved(piece, True)) for piece in range(66, 100)))
+    feed(fetch, *((2.5, Proved((piece,))) for piece in range(66, 100)))
     # One sync at a time; the rest goes at once, because no more is on its way.
     assert Sync(Ranges.span(65, 100)) in feed(fetch, (2.6, Synced(Ranges.span(1, 65))))
 
@@ -288,11 +295,11 @@ def test_batch_is_synced_at_its_size_or_age_or_when_nothing_else_comes() -> None
 def test_flat_hash_is_fed_in_order_whatever_order_pieces_come_in() -> None:
     fetch = machine({"a": 3 * MIB - 5})
     fetch.start(0)
-    feed(fetch, (1, Received((2,))), (1.1, Flushed()), (1.2, Proved(2, True)))
+    feed(fetch, (1, Received((2,))), (1.1, Flushed()), (1.2, Proved((2,))))
     assert feed(fetch, (1.3, Synced(Ranges.span(2, 3)))) == []
-    feed(fetch, (2, Received((0,))), (2.1, Flushed()), (2.2, Proved(0, True)))
+    feed(fetch, (2, Received((0,))), (2.1, Flushed()), (2.2, Proved((0,))))
     assert feed(fetch, (2.3, Synced(Ranges.span(0, 1)))) == [Feed("a", 0, MIB)]
-    feed(fetch, (3, Received((1,))), (3.1, Flushed()), (3.2, Proved(1, True)))
+    feed(fetch, (3, Received((1,))), (3.1, Flushed()), (3.2, Proved((1,))))
     assert feed(fetch, (3.3, Synced(Ranges.span(1, 2)))) == []  # one feed of a file at a time
     assert feed(fetch, (3.4, Fed("a", MIB))) == [Feed("a", MIB, 3 * MIB - 5)]
 
@@ -367,8 +374,8 @@ def test_timeout_counts_from_the_last_proven_byte() -> None:
 
 BUSY: dict[str, tuple[tuple[float, Event], ...]] = {
     "a look": ((1, Received((0,))), (1.1, Flushed())),
-    "a sync": ((1, Received((0,))), (1.1, Flushed()), (1.2, Proved(0, True))),
-    "a feed": ((1, Received((0,))), (1.1, Flushed()), (1.2, Proved(0, True)), (1.3, Synced(Ranges.span(0, 1)))),
+    "a sync": ((1, Received((0,))), (1.1, Flushed()), (1.2, Proved((0,)))),
+    "a feed": ((1, Received((0,))), (1.1, Flushed()), (1.2, Proved((0,))), (1.3, Synced(Ranges.span(0, 1)))),
 }
 
 

@@ -165,7 +165,7 @@ class World:
                 self.looking.discard(piece)
                 if ok:
                     self.good.add(piece)
-                self.tell(step.Proved(piece, ok))
+                self.tell(step.Proved((piece,)) if ok else step.Proved((), (piece,)))
             case ("synced", Ranges() as pieces):
                 self.is_syncing = False
                 self.journal |= set(pieces.ints())
