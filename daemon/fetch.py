@@ -24,9 +24,10 @@ from modelp2p.daemon.space import free_bytes
 from modelp2p.daemon.transfer import Transfer
 from modelp2p.protocol import engine_wire as wire
 from modelp2p.protocol import layout
-from modelp2p.protocol.errors import ModelP2PError, NoSpaceError, NotFoundError, PolicyError, UsageError
+from modelp2p.protocol.errors import ModelP2PError, NotFoundError, PolicyError, UsageError
 from modelp2p.protocol.journal import Selection
 from modelp2p.protocol.kinds import kind_of
+from modelp2p.protocol.publisher import decode_chain
 from modelp2p.protocol.selection import wanted_paths
 from modelp2p.protocol.statement import Release, Statement, verify_statement
 from modelp2p.protocol.trust import admit, check_no_rival
@@ -43,7 +44,6 @@ log = logging.getLogger(__name__)
 
 EVENT_S = 0.2
 """Least time between two progress events."""
-NO_SPACE_RETRY_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +92,8 @@ async def statement_of(node: Node, target: Target, request: FetchRequest) -> Sta
 
 
 def verify(node: Node, statement: Statement) -> Release:
-    """Verify a statement with the newest root chain this node has of its publisher."""
-    release = verify_statement(statement)
-    chain = node.store.load_chain(release.publisher_id)
-    return verify_statement(statement, chain) if chain is not None else release
+    """Verify a statement with the newest root chain of its publisher: the one it carries, or the one this node has."""
+    return verify_statement(statement, node.store.load_chain(decode_chain(statement.publisher).publisher_id))
 
 
 async def _from_swarm(node: Node, link: Link, request: FetchRequest) -> Statement:
@@ -390,17 +388,3 @@ class _Work:
     def _stage(self) -> None:
         store = self.node.config.store
         self.folder.stage(self.wanted, reserve=store.reservation, keep_free_bytes=store.reserve if store.reservation else 0)
-
-
-async def detached(node: Node, request: FetchRequest, emit: Emit) -> None:
-    """A fetch nobody waits for: no space pauses it, and it tries again until there is."""
-    while True:
-        try:
-            await fetch(node, request, emit)
-            return
-        except NoSpaceError as exc:
-            log.warning("paused, no space: %s", exc.message)
-            await trio.sleep(NO_SPACE_RETRY_S)
-        except ModelP2PError as exc:
-            log.error("a detached fetch ended: %s", exc.message)
-            return

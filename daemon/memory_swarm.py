@@ -136,19 +136,6 @@ class MemorySwarm:
             self._torrents[spec.info_hash] = MemoryTorrent(self._endpoints(spec.info_hash, spec.peers), magnet=spec)
             self._network.wake_all()
 
-    async def start_download(self, info_hash: bytes) -> None:
-        torrent = self._torrents.get(info_hash)
-        if torrent is None or torrent.magnet is None or torrent.spec is not None:
-            return
-        for _, other in self._sources(info_hash, torrent):
-            if other.spec is not None:
-                source, base = other.spec, torrent.magnet.save_path
-                files = tuple(TorrentFile(file.path, file.size, f"{base}/{file.path}") for file in source.files)
-                none = bytes(len(source.have))
-                self._begin(torrent, TorrentSpec(info_hash, source.torrent, base, source.piece_length, files, none))
-                self._network.wake_all()
-                return
-
     async def remove(self, info_hash: bytes) -> None:
         torrent = self._torrents.pop(info_hash, None)
         if torrent is not None:

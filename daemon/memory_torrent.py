@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class MemoryTorrent:
-    """One torrent on one node; `spec` is None until a magnet is allowed to download."""
+    """One torrent on one node: either `spec` or `magnet`."""
 
     peers: set[tuple[str, int]]
     spec: TorrentSpec | None = None

@@ -54,6 +54,10 @@ class Shared:
     is_seeding: bool = False
     proven: int = 0
     error: str = ""
+    jobs: int = 0
+    """Detached fetches of it that are not done (`jobs.Jobs`)."""
+    waits_for: str = ""
+    """Why the last of them to fail waits; empty while it is tried."""
     transfer: Transfer | None = None
     traffic: Traffic = field(default_factory=Traffic)
     status: wire.TorrentStatus | None = None
@@ -66,6 +70,8 @@ class Shared:
         """The state of docs/DESIGN.md: what `status` and `ls` show."""
         if self.transfer is not None:
             return "fetching"
+        if self.jobs and not self.is_complete:
+            return "paused" if self.waits_for else "queued"
         if self.error:
             return "error"
         if self.is_seeding and self.is_complete:
@@ -73,6 +79,11 @@ class Shared:
         if self.is_complete:
             return "complete"
         return "partial" if self.is_partial else "paused"
+
+    @property
+    def trouble(self) -> str:
+        """What a user should know about that state; empty for nothing."""
+        return self.waits_for if self.state == "paused" and self.waits_for else self.error
 
 
 class Node:
@@ -322,8 +333,8 @@ class Node:
                     assert self._nursery is not None
                     self._nursery.start_soon(self._seed_again, shared)
                 case wire.FileFailed(path=path, message=message):
-                    shared.error = f"'{path}' cannot be read: {message}"
-                    log.error("%s", shared.error)
+                    assert self._nursery is not None
+                    self._nursery.start_soon(self._look_after, shared, f"'{path}' cannot be read: {message}")
                 case wire.AddFailed(message=message):
                     shared.error = f"the engine refused the torrent: {message}"
                     log.error("%s", shared.error)
@@ -345,11 +356,19 @@ class Node:
             await trio.sleep(WATCH_S)
             for shared in list(self.shared.values()):
                 if shared.is_seeding and not shared.lock.locked():
-                    try:
-                        async with shared.lock:
-                            await self._check_unchanged(shared)
-                    except ModelP2PError as exc:
-                        log.error("cannot look after %s: %s", shared.info_hash.hex()[:16], exc.message)
+                    await self._look_after(shared)
+
+    async def _look_after(self, shared: Shared, trouble: str = "") -> None:
+        """Stop serving what changed; `trouble` is what the engine met, where it is not that."""
+        try:
+            async with shared.lock:
+                if shared.is_seeding:
+                    await self._check_unchanged(shared)
+                if shared.is_seeding and trouble:
+                    shared.error = trouble
+                    log.error("%s", trouble)
+        except ModelP2PError as exc:
+            log.error("cannot look after %s: %s", shared.info_hash.hex()[:16], exc.message)
 
     async def _check_unchanged(self, shared: Shared) -> None:
         record = await trio.to_thread.run_sync(self.store.load_record, shared.info_hash)

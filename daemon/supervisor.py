@@ -51,7 +51,6 @@ from modelp2p.protocol.engine_wire import (
     SetLimits,
     SetPiecePriorities,
     SetWanted,
-    StartDownload,
     Throttle,
     TorrentSpec,
     check_hello,
@@ -142,9 +141,6 @@ class EngineSwarm:
         known, named = _split(spec.peers)
         await self._send(AddMagnet(replace(spec, peers=known)))
         await self._look_up(spec.info_hash, named)
-
-    async def start_download(self, info_hash: bytes) -> None:
-        await self._send(StartDownload(info_hash))
 
     async def remove(self, info_hash: bytes) -> None:
         await self._send(Remove(info_hash))

@@ -67,11 +67,8 @@ class Swarm(Protocol):
     async def add_magnet(self, spec: MagnetSpec) -> None:
         """Ask for the metadata of an info-hash; `MetadataReceived` follows, and nothing else is fetched."""
 
-    async def start_download(self, info_hash: bytes) -> None:
-        """Fetch all files of a magnet whose metadata arrived, to `save_path/<path>`."""
-
     async def remove(self, info_hash: bytes) -> None:
-        """Stop sharing. Its files stay; `Removed` is the last event about it."""
+        """Stop sharing. Its files stay; `Removed` is the last event about it, and after it none of them is written."""
 
     async def connect(self, info_hash: bytes, peers: Iterable[Peer]) -> None:
         """Try these peers; host names are resolved meanwhile, `PeerUnresolved` names those that cannot be."""

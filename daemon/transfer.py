@@ -213,8 +213,11 @@ class Transfer:
                 await self.swarm.flush(self.info_hash)
             case step.Readd():
                 log.warning("%s: pieces the engine had are not on the disk; adding it again", self.folder.release.ref)
-                await self.swarm.remove(self.info_hash)
+                await self._leave()
                 self.traffic.restart()
+                # What the torrent said in its former life is still in the queue, and is not so any more.
+                with contextlib.suppress(trio.WouldBlock):
+                    self._send.send_nowait(step.EngineLost())
                 await self._add()
             case step.Complete():
                 return True

@@ -91,7 +91,7 @@ class TorrentSpec(_Checked):
 
 @dataclass(frozen=True, slots=True)
 class MagnetSpec(_Checked):
-    """A swarm of which only the info-hash is known; its files will lie at `save_path/<path>`."""
+    """A swarm of which only the info-hash is known, and where its files would lie: `save_path/<path>`."""
 
     info_hash: bytes
     save_path: str
@@ -144,13 +144,6 @@ class AddMagnet:
     """Ask a swarm for its metadata and for nothing else."""
 
     spec: MagnetSpec
-
-
-@dataclass(frozen=True, slots=True)
-class StartDownload(_Checked):
-    """The metadata was looked at and is wanted: fetch the files."""
-
-    info_hash: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,7 +354,7 @@ class EngineRestarted:
 
 
 Command: TypeAlias = (
-    Configure | Add | AddMagnet | StartDownload | Remove | Connect | SetWanted | SetPiecePriorities | SetLimits | Throttle | Flush
+    Configure | Add | AddMagnet | Remove | Connect | SetWanted | SetPiecePriorities | SetLimits | Throttle | Flush
 )
 Event: TypeAlias = (
     Listening

@@ -44,6 +44,13 @@ class TorrentAdded:
 
 
 @dataclass(frozen=True, slots=True)
+class TorrentGone:
+    """A removed torrent is gone: its last piece was announced, and none of its files is written any more."""
+
+    info_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class MetadataArrived:
     """A magnet has its info dict now."""
 
@@ -82,7 +89,7 @@ class SocketOpened:
     is_tcp: bool
 
 
-Copied: TypeAlias = Event | TorrentAdded | FilesChecked | MetadataArrived | StatusUpdates | SocketOpened
+Copied: TypeAlias = Event | TorrentAdded | TorrentGone | FilesChecked | MetadataArrived | StatusUpdates | SocketOpened
 
 
 def copy_alert(alert: lt.alert) -> Copied | None:
@@ -97,6 +104,8 @@ def copy_alert(alert: lt.alert) -> Copied | None:
             # A refused torrent has no handle, but the parameters still name it.
             digest = alert.params.info_hashes.v2.to_bytes()
             return TorrentAdded(digest, alert.handle, _message(alert.error))
+        case lt.torrent_removed_alert():
+            return TorrentGone(alert.info_hashes.v2.to_bytes())
         case lt.torrent_checked_alert():
             return FilesChecked(_hash_of(alert))
         case lt.metadata_received_alert():

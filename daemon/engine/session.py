@@ -24,6 +24,7 @@ from modelp2p.daemon.engine.alerts import (
     SocketOpened,
     StatusUpdates,
     TorrentAdded,
+    TorrentGone,
     copy_alert,
     join_address,
     report_peers,
@@ -54,7 +55,6 @@ from modelp2p.protocol.engine_wire import (
     SetLimits,
     SetPiecePriorities,
     SetWanted,
-    StartDownload,
     Throttle,
     TorrentFile,
     TorrentSpec,
@@ -76,12 +76,14 @@ class _Torrent:
     handle: lt.torrent_handle | None = None
     """None until libtorrent has taken it."""
     waiting: list[Command] = field(default_factory=list)
-    """Commands that came before the handle."""
+    """Commands that came before the handle, or for the successor."""
+    farewell: Removed | None = None
+    """Set once it was removed; said when libtorrent is through with it, so that nothing about it is heard later."""
+    successor: TorrentSpec | MagnetSpec | None = None
+    """Added meanwhile under the same info-hash."""
     max_down: int = 0
     held: bool = False
     initial: list[bool] = field(default_factory=list)
-    is_started: bool = True
-    """A magnet is not until its metadata was approved; what it says of having nothing to fetch is not news."""
     flushes: int = 0
     """Asked for and not yet answered; libtorrent also flushes unasked."""
     failed_paths: set[str] = field(default_factory=set)
@@ -98,7 +100,6 @@ class Session:
     """
 
     def __init__(self, settings: EngineSettings) -> None:
-        self._farewells: list[Event] = []
         self._pex = uses_pex(settings)
         self._torrents: dict[bytes, _Torrent] = {}
         self._wake, self._woken_by = socket.socketpair()
@@ -143,7 +144,7 @@ class Session:
                 self._lt.apply_settings({"upload_rate_limit": clamp_rate(up), "download_rate_limit": clamp_rate(down)})
             case SetLimits():
                 self._to_torrent(command.info_hash or b"", command)
-            case StartDownload() | Remove() | Connect() | SetWanted() | SetPiecePriorities() | Throttle() | Flush():
+            case Remove() | Connect() | SetWanted() | SetPiecePriorities() | Throttle() | Flush():
                 self._to_torrent(command.info_hash, command)
             case _:
                 assert_never(command)
@@ -155,7 +156,6 @@ class Session:
                 pass
         except BlockingIOError:
             pass
-        farewells, self._farewells = self._farewells, []
         copies = [copied for alert in self._lt.pop_alerts() if (copied := copy_alert(alert)) is not None]
         finished: dict[bytes, list[int]] = {}
         for copied in copies:
@@ -163,7 +163,6 @@ class Session:
                 finished.setdefault(copied.info_hash, []).extend(self._news(copied))
         # First, so that whoever hears `Flushed` or `TransferFinished` has heard of every piece before it.
         yield from (PiecesFinished(info_hash, tuple(pieces)) for info_hash, pieces in finished.items() if pieces)
-        yield from farewells
         for copied in copies:
             match copied:
                 case PiecesFinished():
@@ -172,6 +171,8 @@ class Session:
                     yield from self._added(copied)
                 case FilesChecked():
                     self._resume(copied.info_hash)
+                case TorrentGone():
+                    yield from self._gone(copied.info_hash)
                 case MetadataArrived():
                     yield from self._metadata(copied.info_hash)
                 case StatusUpdates():
@@ -181,7 +182,8 @@ class Session:
                 case FileFailed():
                     yield from self._file_failed(copied)
                 case TransferFinished():
-                    if (torrent := self._torrents.get(copied.info_hash)) is not None and torrent.is_started:
+                    # A magnet wants no file: that it lacks none is not news.
+                    if (torrent := self._torrents.get(copied.info_hash)) and isinstance(torrent.spec, TorrentSpec):
                         yield copied
                 case Flushed():
                     yield from self._flushed(copied)
@@ -218,7 +220,9 @@ class Session:
         session.set_peer_class_filter(every)
 
     def _add(self, spec: TorrentSpec | MagnetSpec) -> Iterator[Event]:
-        if spec.info_hash in self._torrents:
+        if (known := self._torrents.get(spec.info_hash)) is not None:
+            if known.farewell is not None and known.successor is None:
+                known.successor = spec
             return
         torrent = _Torrent(spec)
         try:
@@ -228,7 +232,6 @@ class Session:
                 torrent.initial = params.have_pieces
             else:
                 params = layout.magnet_params(spec, pex=self._pex)
-                torrent.is_started = False
         except FormatError as error:
             yield AddFailed(spec.info_hash, error.message)
             return
@@ -251,16 +254,33 @@ class Session:
         for command in waiting:
             self._perform(reply.info_hash, torrent, reply.handle, command)
 
+    def _gone(self, info_hash: bytes) -> Iterator[Event]:
+        torrent = self._torrents.get(info_hash)
+        if torrent is None or torrent.farewell is None:
+            return
+        del self._torrents[info_hash]
+        yield torrent.farewell
+        if torrent.successor is not None:
+            yield from self._add(torrent.successor)
+            for command in torrent.waiting:
+                self._to_torrent(info_hash, command)
+
     def _resume(self, info_hash: bytes) -> None:
         torrent = self._torrents.get(info_hash)
-        if torrent is not None and torrent.handle is not None:
+        if torrent is not None and torrent.handle is not None and torrent.farewell is None:
             torrent.handle.resume()
 
     def _to_torrent(self, info_hash: bytes, command: Command) -> None:
         torrent = self._torrents.get(info_hash)
         if torrent is None:
             return
-        if torrent.handle is not None:
+        if torrent.farewell is not None:
+            if isinstance(command, Remove):
+                torrent.successor = None
+                torrent.waiting.clear()
+            elif torrent.successor is not None:
+                torrent.waiting.append(command)
+        elif torrent.handle is not None:
             self._perform(info_hash, torrent, torrent.handle, command)
         elif isinstance(command, Remove):
             del self._torrents[info_hash]
@@ -273,8 +293,7 @@ class Session:
                 # Status comes once a second, so the last second of a transfer would go uncounted.
                 status = self._with_peers(status_of(handle.status(0)))
                 counts = (status.payload_down, status.payload_up, status.web_down, status.wasted)
-                self._farewells.append(Removed(info_hash, *counts))
-                del self._torrents[info_hash]
+                torrent.farewell = Removed(info_hash, *counts)
                 self._lt.remove_torrent(handle)
             case Connect(peers=peers):
                 for endpoint in layout.endpoints(peers):
@@ -293,8 +312,6 @@ class Session:
                 self._set_wanted(handle, frozenset(paths))
             case SetPiecePriorities(pieces=pieces, priorities=priorities):
                 handle.prioritize_pieces([(piece, min(7, value)) for piece, value in zip(pieces, priorities, strict=True)])
-            case StartDownload():
-                self._start_download(torrent, handle)
             case Configure() | Add() | AddMagnet():
                 raise AssertionError("not a command to one torrent")
 
@@ -311,21 +328,6 @@ class Session:
         for index, path, _ in layout.laid_files(info.layout()):
             priorities[index] = layout.WANTED if path in paths else layout.UNWANTED
         handle.prioritize_files(priorities)
-
-    @staticmethod
-    def _start_download(torrent: _Torrent, handle: lt.torrent_handle) -> None:
-        info = handle.torrent_file()
-        if info is None:
-            return
-        torrent.is_started = True
-        files = layout.laid_files(info.layout())
-        for index, path, _ in files:
-            # Without the folder that the swarm's own name would make. Disk jobs keep their order: this comes before any write.
-            handle.rename_file(index, f"{torrent.spec.save_path}/{path}")
-        wanted = {index for index, _, _ in files}
-        handle.prioritize_files(
-            [layout.WANTED if index in wanted else layout.UNWANTED for index in range(info.layout().num_files())]
-        )
 
     def _metadata(self, info_hash: bytes) -> Iterator[Event]:
         torrent = self._torrents.get(info_hash)
@@ -366,7 +368,7 @@ class Session:
 
     def _with_peers(self, status: TorrentStatus) -> TorrentStatus:
         torrent = self._torrents.get(status.info_hash)
-        if torrent is None or torrent.handle is None:
+        if torrent is None or torrent.handle is None or torrent.farewell is not None:
             return status
         if status.peers:
             self._tally(report_peers(status.info_hash, torrent.handle))
@@ -386,8 +388,12 @@ class Session:
         torrent.web_seen = report.web_total
 
     def _resync(self) -> Iterator[Event]:
-        for info_hash, torrent in self._torrents.items():
+        for info_hash, torrent in list(self._torrents.items()):
             if torrent.handle is None:
+                continue
+            if torrent.farewell is not None:
+                if not torrent.handle.is_valid():
+                    yield from self._gone(info_hash)
                 continue
             status = torrent.handle.status(lt.torrent_handle.query_pieces)
             known: Iterable[bool] = torrent.initial or [False] * len(status.pieces)
@@ -398,5 +404,5 @@ class Session:
             torrent.handle.resume()
             for _ in range(torrent.flushes):
                 torrent.handle.flush_cache()
-            if status.is_finished and torrent.is_started:
+            if status.is_finished and isinstance(torrent.spec, TorrentSpec):
                 yield TransferFinished(info_hash)

@@ -16,6 +16,7 @@ from modelp2p.protocol.engine_wire import (
     Peer,
     PeerUnresolved,
     PiecesFinished,
+    Removed,
     TorrentFile,
     TorrentStatus,
     TransferFinished,
@@ -101,7 +102,7 @@ async def test_a_piece_of_priority_zero_waits_until_it_has_one(seed: Node, node:
     await node.wait_pieces({last})
 
 
-async def test_a_magnet_gets_its_metadata_and_nothing_else_until_told(seed: Node, node: Node, shared: Shared) -> None:
+async def test_a_magnet_gets_its_metadata_and_nothing_else(seed: Node, node: Node, shared: Shared) -> None:
     await node.swarm.add_magnet(MagnetSpec(shared.info_hash, str(node.folder), (await seed.peer(),)))
     heard = await node.wait_for(MetadataReceived)
     assert heard.info == shared.info
@@ -109,7 +110,9 @@ async def test_a_magnet_gets_its_metadata_and_nothing_else_until_told(seed: Node
     await trio.sleep(SETTLE_S)
     assert not node.heard(TransferFinished)
     assert not [path for path in node.folder.rglob("*") if path.is_file() and path.stat().st_size]
-    await node.swarm.start_download(shared.info_hash)
+    # Added anew with what was learned, it is fetched.
+    await node.swarm.remove(shared.info_hash)
+    await node.swarm.add(shared.spec(node.folder, have=False, peers=(await seed.peer(),)))
     await node.wait_for(TransferFinished)
     await node.wait_files(CONTENTS)
 
@@ -160,6 +163,7 @@ async def test_a_removed_torrent_keeps_its_files_and_comes_back_as_told(seed: No
     await node.swarm.add(shared.spec(node.folder, have=False, peers=(await seed.peer(),)))
     await node.wait_files(CONTENTS)
     await node.swarm.remove(shared.info_hash)
+    await node.wait_for(Removed)
     await node.swarm.remove(shared.info_hash)
     await node.swarm.set_wanted(shared.info_hash, [])
     assert all((node.folder / path).exists() for path in CONTENTS)
@@ -172,6 +176,7 @@ async def test_a_removed_torrent_keeps_its_files_and_comes_back_as_told(seed: No
         replace(spec, have=int("".join("01"[bit] for bit in have), 2).__lshift__(-len(have) % 8).to_bytes(1, "big"))
     )
     await node.wait_files(CONTENTS)
+    await node.wait_for(PiecesFinished, lambda event: any(event is new for new in node.said[before:]))
     again = {piece for event in node.said[before:] if isinstance(event, PiecesFinished) for piece in event.pieces}
     assert again == set(shared.pieces.pieces_of(lost))
 

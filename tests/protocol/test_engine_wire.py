@@ -28,7 +28,6 @@ MESSAGES: tuple[wire.Message, ...] = (
         wire.TorrentSpec(HASH, b"d", "/data/x", 1 << 20, (FILE,), b"\x80", (PEER,), ("udp://t",), ("https://w",), 1, 2, True)
     ),
     wire.AddMagnet(wire.MagnetSpec(HASH, "/data/x", (PEER,))),
-    wire.StartDownload(HASH),
     wire.Remove(HASH),
     wire.Connect(HASH, (PEER, PEER)),
     wire.SetWanted(HASH, ("a", "b")),
