@@ -1,7 +1,8 @@
 """`verify`: read every visible byte of a release again; `--repair`: fetch exactly the pieces that are bad.
 
-A damaged file is never repaired in place: its good pieces are copied into a new inode, the bad ones fetched, and the name is
-moved over by rename, so a reader of the old inode keeps what it had and a borrowed inode stays untouched.
+A damaged file is not repaired in place: its good pieces are copied into a new inode, the bad ones fetched, and the name is
+moved over by rename, so a reader of the old inode keeps what it had and a borrowed inode stays untouched. Only where the disk has
+no room for that copy is the file itself, out of sight by then, what the bad pieces are later written to.
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ def _replace_by_copy(node: Node, folder: ReleaseFolder, path: str) -> bool:
     try:
         take_in(folder, path, fd)
     except StoreError as exc:
-        log.error("the good pieces of '%s' cannot be copied, the file is left where it is: %s", path, exc.message)
+        log.error("the good pieces of '%s' cannot be copied: %s", path, exc.message)
+        folder.hide(path)
         return False
     finally:
         os.close(fd)

@@ -226,6 +226,22 @@ class ReleaseFolder:
         self._discard(path)
         self.store.remove(f"{self._tree}/{path}")
 
+    def hide(self, path: str) -> None:
+        """Take a file that is not proven any more out of sight, without losing what is still good in it.
+
+        Its inode keeps a name in the engine's folder, where the next fetch looks for good pieces; one that has further names, a
+        user's own file or another release's, lives on under those.
+        """
+        with on_disk(f"cannot hide '{path}'"):
+            if self._is_staged(path):
+                self.store.remove(f"{self._tree}/{path}")
+            else:
+                with parent_beneath(self.store.fd, f"{self._data}/{path}", make=0o700) as (parent, name):
+                    os.rename(self.store.path(f"{self._tree}/{path}"), name, dst_dir_fd=parent)
+        left = self._stat(path)
+        if left is not None and left.st_nlink > 1:
+            self._discard(path)
+
     def restamp(self) -> None:
         """Journal the stats of the finished files as they are now; only after their bytes were hashed again."""
         for path, done in list(self.state.files.items()):

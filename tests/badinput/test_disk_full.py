@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.badinput.cases import Case, Sampler, Witness, model, refused, refused_once
+from tests.badinput.cases import MIB, Case, Sampler, Witness, model, refused, refused_once, run
 from tests.nodes import Node
 
 FILES = model(30, 12, 8)
@@ -77,5 +77,32 @@ def test_a_disk_that_fills_up_under_way_is_never_called_complete(disk: Path, tmp
         assert done["state"] == "complete"
         again = {piece for piece, _ in seed.uploads()[before:]}
         assert not again & set(kept.ints()), "a proven piece was fetched again"
+    case.check_whole(node)
+    case.check_journal(node)
+
+
+@pytest.mark.swarm
+def test_damage_on_a_full_disk_is_out_of_sight_and_costs_only_the_bad_piece(disk: Path, tmp_path: Path) -> None:
+    case = Case.of(model(33, 5))
+    node = Node(disk, sections={"store": {"reserve": 0}})
+    bundle = case.trusted_by(node, tmp_path)
+    name = "model-0.safetensors"
+    with Witness(case, tmp_path / "seed") as seed:
+        node.ok("fetch", bundle, "--peer", seed.address, "--timeout", "20")
+        damaged = case.tree(node) / name
+        damaged.chmod(0o644)
+        with damaged.open("r+b") as file:
+            file.seek(2 * MIB + 5)
+            file.write(b"rot")
+        damaged.chmod(0o444)
+        found = run(node, "verify", "lab/model", "--json")
+        assert found.code == 4
+        assert found.json["bad"] == [{"path": name, "piece": 2}]
+        assert not damaged.exists(), "an unproven file is visible"
+        before = len(seed.uploads())
+        # There is still no room for a second copy.
+        assert node.ok("fetch", bundle, "--peer", seed.address, "--timeout", "20")["state"] == "complete"
+        first = case.release.pieces.first(name)
+        assert {piece for piece, _ in seed.uploads()[before:]} == {first + 2}
     case.check_whole(node)
     case.check_journal(node)
