@@ -34,6 +34,11 @@ class App:
     """Dotted configuration keys that flags of this command set."""
 
     @property
+    def is_home_named(self) -> bool:
+        """Whether the user said which home this is about, instead of leaving it to the platform."""
+        return bool(self.home_flag or self.environ.get("MODELP2P_HOME"))
+
+    @property
     def home(self) -> str:
         """The home this command is about, absolute: flag, `MODELP2P_HOME`, then the user's data folder."""
         chosen = self.home_flag or self.environ.get("MODELP2P_HOME")

@@ -5,7 +5,6 @@ Both ask the daemon and wait. Ctrl-C hangs up, which pauses the job there: every
 
 from __future__ import annotations
 
-import math
 import os
 import stat
 import time
@@ -17,13 +16,14 @@ import click
 from modelp2p.cli import local_dir as local
 from modelp2p.cli.app import App, pass_app
 from modelp2p.cli.connection import daemon
-from modelp2p.cli.options import Rate, client_options, peer_option, together
+from modelp2p.cli.options import Rate, client_options, peer_option, timeout_option, together
 from modelp2p.cli.output import emit_block, emit_json, out, say, table
 from modelp2p.cli.progress import progress_of
 from modelp2p.cli.refs import open_user_path, ref_args, typed_ref
 from modelp2p.cli.results import Row
 from modelp2p.cli.units import rate_text, size_text
 from modelp2p.protocol.errors import InterruptedFetchError
+from modelp2p.protocol.names import NameRef
 from modelp2p.protocol.text import printable
 
 if TYPE_CHECKING:
@@ -36,12 +36,7 @@ _fetch_options = together(
     click.option("--exclude", multiple=True, metavar="GLOB", help="No files that match; may be repeated."),
     click.option("--revision", metavar="REV", help="The revision, where REF is a plain name."),
     peer_option,
-    click.option(
-        "--timeout",
-        type=click.FloatRange(min=0, min_open=True),
-        metavar="S",
-        help="Give up after S seconds without a new verified byte (default 300).",
-    ),
+    timeout_option,
     click.option("--allow-code", is_flag=True, help="Also fetch pickles and code, which run with your rights."),
     click.option("--no-seed", is_flag=True, help="Do not seed it afterwards."),
     click.option("--max-up", type=Rate(), help="Upload limit of this release, such as 200M."),
@@ -55,7 +50,7 @@ class _Flags(TypedDict):
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     peers: tuple[str, ...]
-    timeout: float | None
+    timeout_s: int | None
     allow_code: bool
     no_seed: bool
     max_up: int | None
@@ -125,15 +120,15 @@ def _args_of(flags: _Flags) -> Map:
         "allow_code": flags["allow_code"],
         "seed": not flags["no_seed"],
     }
-    # The control protocol carries no fractions; what is left out is the daemon's default.
-    timeout_s = None if flags["timeout"] is None else math.ceil(flags["timeout"])
-    optional: Map = {"timeout_s": timeout_s, "max_up": flags["max_up"], "max_down": flags["max_down"]}
+    # What is left out is the daemon's default.
+    optional: Map = {"timeout_s": flags["timeout_s"], "max_up": flags["max_up"], "max_down": flags["max_down"]}
     return args | {key: value for key, value in optional.items() if value is not None}
 
 
 def _run(app: App, verb: str, ref: Ref, args: Map, fds: Sequence[int], *, detach: bool = False) -> tuple[Row, float]:
     started = time.monotonic()
-    with ref_args(ref) as (ref_map, ref_fds), daemon(app) as client:
+    by_name = verb == "fetch" and isinstance(ref, NameRef)
+    with ref_args(ref) as (ref_map, ref_fds), daemon(app, service=by_name) as client:
         progress = progress_of(app)
         try:
             with progress:

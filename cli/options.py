@@ -6,6 +6,7 @@ room that owns their meaning, imported only when such a flag is really given.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -41,6 +42,24 @@ class Rate(_Numbers):
             return parse_quantity(value, param.opts[0] if param else "rate", per_second=True)
         except UsageError as exc:
             self.fail(exc.message, param, ctx)
+
+
+class Seconds(_Numbers):
+    """A time above 0, such as `300` or `1.5`, rounded up to whole seconds: the control protocol carries no fractions."""
+
+    name = "seconds"
+
+    def convert(self, value: object, param: Parameter | None, ctx: Context | None) -> int:
+        from modelp2p.daemon.requests import MAX_TIMEOUT_S
+
+        try:
+            seconds = float(str(value))
+        except ValueError:
+            self.fail(f"'{value}' is not a number of seconds", param, ctx)
+        # Written so that "nan" is refused, too.
+        if not 0 < seconds <= MAX_TIMEOUT_S:
+            self.fail(f"'{value}' is not above 0 and at most {MAX_TIMEOUT_S} seconds", param, ctx)
+        return math.ceil(seconds)
 
 
 class Peer(_Texts):
@@ -122,6 +141,13 @@ _profile_option: Decorator[Any] = click.option(
 )
 peer_option: Decorator[Any] = click.option(
     "--peer", "peers", multiple=True, type=Peer(), help="A node that has it; may be repeated."
+)
+timeout_option: Decorator[Any] = click.option(
+    "--timeout",
+    "timeout_s",
+    type=Seconds(),
+    metavar="S",
+    help="Give up after S seconds without a new verified byte (default 300).",
 )
 node_peer_option: Decorator[Any] = click.option(
     "--peer",

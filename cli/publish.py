@@ -206,5 +206,7 @@ def _lineage(client: Client, text: str) -> Map:
         name, revision, info_hash, _ = local_release_of(ref.path)
         return {"relation": relation, "name": name, "revision": revision, "info_hash": info_hash}
     with ref_args(ref) as (args, fds):
-        parent = client.call("show", args, fds).result
-    return {"relation": relation, **{key: parent[key] for key in ("name", "revision", "info_hash")}}
+        reply = client.call("show", args, fds)
+    for fd in reply.fds:
+        os.close(fd)  # its manifest: what pins it is in the row
+    return {"relation": relation, **{key: reply.result[key] for key in ("name", "revision", "info_hash")}}

@@ -18,6 +18,7 @@ from modelp2p.cli.refs import ref_args, typed_ref
 from modelp2p.cli.results import Row
 from modelp2p.cli.units import percent_text, size_text, time_text
 from modelp2p.protocol.errors import Kind
+from modelp2p.protocol.names import NameRef
 from modelp2p.protocol.text import printable
 
 
@@ -26,7 +27,7 @@ from modelp2p.protocol.text import printable
 @pass_app
 def ls(app: App) -> None:
     """List the releases on this node."""
-    with daemon(app) as client:
+    with daemon(app, service=True) as client:
         result = Row(client.call("ls", {}).result)
     if app.as_json:
         emit_json(result.first("releases"))
@@ -61,15 +62,18 @@ def ls(app: App) -> None:
 @pass_app
 def show(app: App, ref: str, bundle: str | None) -> None:
     """Show all that is known about REF; with -q just its link."""
-    with ref_args(typed_ref(ref)) as (args, fds), daemon(app) as client:
+    typed = typed_ref(ref)
+    with ref_args(typed) as (args, fds), daemon(app, service=isinstance(typed, NameRef)) as client:
         reply = client.call("show", args | {"bundle_out": bundle is not None}, fds)
-    if bundle is not None:
-        from modelp2p.protocol.statement import MAX_BUNDLE_BYTES
+    from modelp2p.cli.shown import shown
+    from modelp2p.protocol.statement import MAX_BUNDLE_BYTES
 
-        for content in reply.read_fds(MAX_BUNDLE_BYTES):
+    contents = reply.read_fds(MAX_BUNDLE_BYTES)
+    result = shown(reply.result, contents)
+    if bundle is not None:
+        for content in contents[1:]:
             _write_file(bundle, content)
             say(app, f"The signed statement is in {bundle}")
-    result = Row(reply.result)
     if app.as_json:
         emit_json(result.first("name", "revision", "info_hash", "manifest", "publisher", "state"))
     elif app.quiet:

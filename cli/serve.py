@@ -70,6 +70,7 @@ def _run(app: App, seed_refs: tuple[str, ...] | None) -> int:
     given = Surroundings(
         # A service gets its own runtime folder from systemd; a user has one from the login session.
         runtime_dir=app.environ.get("RUNTIME_DIRECTORY") or app.environ.get("XDG_RUNTIME_DIR"),
+        service_dir=app.environ.get("RUNTIME_DIRECTORY"),
         notify_socket=app.environ.get("NOTIFY_SOCKET"),
         seed_refs=seed_refs,
     )

@@ -28,7 +28,7 @@ _RELEASE_KEYS = ("name", "revision", "info_hash", "state", "size", "proven", "ra
 @pass_app
 def status(app: App, watch: bool) -> None:
     """Show what the daemon is doing. Exit 8 where none runs."""
-    with daemon(app, start=False) as client:
+    with daemon(app, start=False, service=True) as client:
         if watch and sys.stdout.isatty() and not app.as_json:
             _watch_live(app, client)
         while True:

@@ -9,7 +9,7 @@ import click
 
 from modelp2p.cli.app import App, pass_app
 from modelp2p.cli.connection import daemon
-from modelp2p.cli.options import client_options, peer_option
+from modelp2p.cli.options import client_options, peer_option, timeout_option
 from modelp2p.cli.output import emit_block, emit_json, out, say, table
 from modelp2p.cli.refs import ref_args, typed_ref
 from modelp2p.cli.results import Row
@@ -32,15 +32,21 @@ def trust() -> None:
 @click.argument("ref", metavar="LINK|BUNDLE")
 @click.option("--name", required=True, metavar="PATTERN", help="org/model, org/* or *: what the publisher may speak for.")
 @peer_option
+@timeout_option
 @client_options
 @pass_app
-def add(app: App, ref: str, name: str, peers: Sequence[str]) -> None:
-    """Trust the publisher of LINK or BUNDLE for every name that PATTERN matches."""
+def add(app: App, ref: str, name: str, peers: Sequence[str], timeout_s: int | None) -> None:
+    """Trust the publisher of LINK or BUNDLE for every name that PATTERN matches.
+
+    The statement behind a link that is not known here is fetched first, from --peer too.
+    """
     typed = typed_ref(ref)
     if isinstance(typed, NameRef):
         raise UsageError("trust is given to the publisher of a link or bundle, not to a name", hint="Give the link you trust.")
     with ref_args(typed) as (args, fds), daemon(app) as client:
         asked: Map = {**args, "name": name} | ({"peers": list(peers)} if peers else {})
+        if timeout_s is not None:
+            asked["timeout_s"] = timeout_s
         result = Row(client.call("trust_add", asked, fds).result)
     if app.as_json:
         emit_json(result.first("publisher", "name"))

@@ -62,6 +62,8 @@ def _collect(node: Node, dry_run: bool) -> tuple[list[str], int]:
     known = {entry.info_hash.hex() for entry in node.library.entries()}
     in_use = {shared.info_hash.hex() for shared in node.shared.values() if shared.lock.locked()}
     in_use |= {info_hash.hex() for info_hash in node.routed()}
+    # A detached fetch that has not begun holds a statement and no journal.
+    in_use |= {job.info_hash.hex() for job in store.jobs()}
     orphans = [f"{layout.DATA}/{name}" for name in store.names(layout.DATA) if _is_orphan(name, known | in_use)]
     orphans += [f"{layout.STORE}/{name}" for name in store.names(layout.STORE) if name not in known | in_use]
     orphans += [f"{layout.JOURNAL}/{name}" for name in store.names(layout.JOURNAL) if name not in known | in_use]

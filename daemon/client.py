@@ -1,7 +1,8 @@
 """The blocking client of the control socket: standard library and `protocol` only, so that any process may use it cheaply.
 
 Invariants:
-- it talks only to a socket whose peer process belongs to this user, to root or to the named service user;
+- it talks only to a socket whose peer process belongs to this user, to root or to the service's user: whoever owns the folder
+  (the service's below /run, or the home that was named) in which the socket was found;
 - descriptors received in a `Reply` belong to the caller; those sent stay the caller's;
 - closing the connection during a call cancels the call (a fetch pauses when its last client leaves).
 
@@ -27,16 +28,19 @@ from modelp2p.protocol import control
 from modelp2p.protocol.control import Event, Failure, Hello, Message, Request, Result
 from modelp2p.protocol.errors import DaemonError, FormatError, ModelP2PError, error_of
 from modelp2p.protocol.framing import FrameDecoder
-from modelp2p.protocol.layout import LOCK
+from modelp2p.protocol.layout import LOCK, PUBLIC_SOCKET
 
 if TYPE_CHECKING:
     from modelp2p.protocol.codec import Map
 
+SERVICE_SOCKET = f"/run/modelp2p/{PUBLIC_SOCKET}"
+"""Where `configs/modelp2p.service` opens itself to the users of the machine."""
 CONNECT_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 60.0
 LEAVE_TIMEOUT_S = 15.0
 _READ_BYTES = 1 << 16
 _ROOT_UID = 0
+_NO_SERVICE_HINT = "Its administrator starts it, and opens it to other users with 'public = true' below [control]."
 _NO_DAEMON_HINT = "Start one with 'modelp2p daemon', or check that MODELP2P_HOME names the home it uses."
 
 
@@ -78,20 +82,43 @@ class Client:
 
     @classmethod
     def connect(cls, home: str, *, service_uid: int | None = None) -> Client:
-        """A connection to the daemon of `home`.
+        """A connection to the daemon of `home`: where it is another user's, by the public socket if there is one.
 
         Raises:
             DaemonError: none runs there, it is not ours, or it speaks another version.
+            DeniedError: it refuses this user.
         """
+        public = os.path.join(home, PUBLIC_SOCKET)
+        if not _may_enter(os.path.join(home, os.path.dirname(LOCK))) and os.path.lexists(public):
+            return cls.connect_public(public)
         holder = read_lock(os.path.join(home, LOCK))
         if holder is None:
             raise DaemonError(f"no daemon is running for {home}", hint=_NO_DAEMON_HINT)
+        return cls._open(holder.socket, home, f"the daemon (pid {holder.pid})", service_uid, _NO_DAEMON_HINT)
+
+    @classmethod
+    def connect_public(cls, path: str = SERVICE_SOCKET) -> Client:
+        """A connection to a service that other users may ask as well; it answers less than its owner hears.
+
+        Raises:
+            DaemonError: there is no such service, or its socket is not its own.
+            DeniedError: it refuses this user.
+        """
+        folder = os.path.dirname(path)
+        try:
+            service_uid = os.stat(folder).st_uid
+        except OSError as exc:
+            raise DaemonError(f"no service answers at {path}: {exc.strerror}", hint=_NO_SERVICE_HINT) from exc
+        return cls._open(path, folder, "the service", service_uid, _NO_SERVICE_HINT)
+
+    @classmethod
+    def _open(cls, path: str, home: str, who: str, service_uid: int | None, hint: str) -> Client:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             # Not `settimeout` yet: a socket that does not block is told EAGAIN at once where others are waiting, too.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(CONNECT_TIMEOUT_S))
-            with _short_path(holder.socket) as path:
-                connection.connect(path)
+            with _short_path(path) as address:
+                connection.connect(address)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0))
             connection.settimeout(CONNECT_TIMEOUT_S)
             _check_peer(connection, home, service_uid)
@@ -103,10 +130,10 @@ class Client:
             control.check_hello(answer)
         except (TimeoutError, BlockingIOError) as exc:
             connection.close()
-            raise DaemonError(f"the daemon (pid {holder.pid}) does not answer", hint="It may be stopped or stuck.") from exc
+            raise DaemonError(f"{who} does not answer", hint="It may be stopped or stuck.") from exc
         except OSError as exc:
             connection.close()
-            raise DaemonError(f"no daemon answers for {home}: {exc.strerror or exc}", hint=_NO_DAEMON_HINT) from exc
+            raise DaemonError(f"no daemon answers for {home}: {exc.strerror or exc}", hint=hint) from exc
         except ModelP2PError:
             connection.close()
             raise
@@ -216,10 +243,12 @@ class Client:
 
     def _send(self, message: Message, fds: Sequence[int]) -> None:
         data = control.encode_message(message)
-        if fds:
-            sent = socket.send_fds(self._socket, [data], list(fds))
-            data = data[sent:]
-        self._socket.sendall(data)
+        # A daemon that refuses a client says so and hangs up, unasked: its words are waiting to be read.
+        with contextlib.suppress(BrokenPipeError):
+            if fds:
+                sent = socket.send_fds(self._socket, [data], list(fds))
+                data = data[sent:]
+            self._socket.sendall(data)
 
     def _receive(self) -> Message:
         while (frame := self._decoder.next_frame()) is None:
@@ -235,6 +264,11 @@ class Client:
             raise DaemonError("the daemon announced descriptors that did not come")
         taken, self._fds = tuple(self._fds[:count]), self._fds[count:]
         return taken
+
+
+def _may_enter(folder: str) -> bool:
+    """Whether this user may; also where there is no such folder yet."""
+    return os.access(folder, os.X_OK) or not os.path.exists(folder)
 
 
 def build() -> str:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple
 
 from modelp2p.daemon.settings import (
+    account,
     address,
     boolean,
     choice,
@@ -160,6 +161,18 @@ class Hashing(_Section):
 
 
 @dataclass(frozen=True, slots=True)
+class Control(_Section):
+    """Who besides the daemon's own user may talk to it."""
+
+    public: bool = setting(False, boolean)
+    """Whether a service also opens `public.sock`, by which other users of the machine look, and fetch trusted names."""
+    allow_users: tuple[str, ...] = setting((), listed(account))
+    """Users who may use it, by name or number. Empty, with `allow_groups` empty too, is every user of the machine."""
+    allow_groups: tuple[str, ...] = setting((), listed(account))
+    """Groups whose members may use it, by name or number."""
+
+
+@dataclass(frozen=True, slots=True)
 class Log(_Section):
     """What the daemon says on stderr."""
 
@@ -176,6 +189,7 @@ class Config:
     policy: Policy = field(default_factory=Policy)
     fetch: Fetch = field(default_factory=Fetch)
     hashing: Hashing = field(default_factory=Hashing)
+    control: Control = field(default_factory=Control)
     log: Log = field(default_factory=Log)
 
     def get(self, key: str) -> object:
@@ -211,7 +225,9 @@ class Described(NamedTuple):
     origin: Origin
 
 
-_SECTIONS: Mapping[str, type[_Section]] = {kind.__name__.lower(): kind for kind in (Network, Store, Policy, Fetch, Hashing, Log)}
+_SECTIONS: Mapping[str, type[_Section]] = {
+    kind.__name__.lower(): kind for kind in (Network, Store, Policy, Fetch, Hashing, Control, Log)
+}
 KEYS: tuple[str, ...] = tuple(f"{section}.{name}" for section, kind in _SECTIONS.items() for name in kind.names())
 
 

@@ -1,13 +1,15 @@
-"""The control-socket server: one owner commands one daemon.
+"""The control-socket server: clients command one daemon, each as far as the socket's gate lets it.
 
 Invariants:
-- the socket's mode is set before it is bound, so there is no moment in which others may connect; the folder is 0700;
-- a peer that is neither this user nor root is refused by SO_PEERCRED before a byte of it is read;
-- at most `MAX_CLIENTS` connections; a request that is not whole within `REQUEST_TIMEOUT_S`, or a reader that does not read
-  for as long, loses its connection and nothing else;
+- a peer that the gate does not take is refused by its credentials before a byte of it is read;
+- a request that the gate does not take reaches no handler;
+- at most `MAX_CLIENTS` connections a socket, so that the public one never fills the owner's;
+- a request that is not whole within `REQUEST_TIMEOUT_S`, or a reader that does not read for as long, loses its connection
+  and nothing else;
 - every descriptor received is closed here when its request ends.
 
-It knows no verb: a handler gets a `Call` and returns a result. Closing a connection cancels its running request.
+It knows no verb (what each socket is for is `gate.py`'s to say): a handler gets a `Call` and returns a result. Closing a
+connection cancels its running request.
 """
 
 from __future__ import annotations
@@ -19,21 +21,24 @@ import struct
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
 from modelp2p.daemon.client import build
+from modelp2p.daemon.listening import bind, peer_of
 from modelp2p.protocol import control
 from modelp2p.protocol.codec import Map
 from modelp2p.protocol.control import Event, Failure, Hello, Message, Request, Result
-from modelp2p.protocol.errors import DaemonError, DeniedError, FormatError, ModelP2PError, StoreError
+from modelp2p.protocol.errors import DeniedError, FormatError, ModelP2PError
 from modelp2p.protocol.framing import FrameDecoder
+
+if TYPE_CHECKING:
+    from modelp2p.daemon.gate import Gate
 
 log = logging.getLogger(__name__)
 
 _READ_BYTES = 1 << 16
-_BACKLOG = 64
-_ROOT_UID = 0
 MAX_STRANGERS = 64
 _BUG_HINT = "This is a bug of modelp2p: please report it. The daemon's log has the details."
 
@@ -63,11 +68,12 @@ Handler = Callable[[Call], Awaitable[Answer]]
 
 
 class ControlServer:
-    """Listens on one Unix socket and hands requests to `handler`."""
+    """Listens on one Unix socket and hands requests that `gate` takes to `handler`."""
 
-    def __init__(self, path: Path, handler: Handler) -> None:
+    def __init__(self, path: Path, handler: Handler, gate: Gate) -> None:
         self.path = path
         self._handler = handler
+        self._gate = gate
         self._clients = 0
         self._served = 0
         self._strangers: dict[trio.CancelScope, None] = {}
@@ -90,7 +96,7 @@ class ControlServer:
 
         Resources: removes the socket file at the end.
         """
-        listener = _bind(self.path)
+        listener = bind(self.path, self._gate.mode)
         inode = os.stat(self.path).st_ino
         try:
             async with trio.open_nursery() as nursery:
@@ -111,10 +117,9 @@ class ControlServer:
                 self.path.unlink()
 
     async def _serve_client(self, connection: trio.socket.SocketType) -> None:
-        session = _Connection(connection)
+        session = _Connection(connection, self._gate)
         try:
-            if _peer_uid(connection) not in (os.getuid(), _ROOT_UID):
-                raise DeniedError("only the owner may command this daemon")
+            self._gate.check_peer(peer_of(connection))
             if not await self._greet(session):
                 return
             if self._clients >= control.MAX_CLIENTS:
@@ -173,6 +178,7 @@ class ControlServer:
                 nursery.start_soon(session.cancel_on_hangup, nursery.cancel_scope)
                 nursery.start_soon(session.send_events, request.id, queued)
                 try:
+                    self._gate.check_request(request.verb, request.args)
                     answer = await self._handler(Call(request.verb, request.args, fds, emit, session.state))
                     reply: Message = Result(request.id, answer.result, len(answer.fds))
                 except ModelP2PError as exc:
@@ -193,8 +199,9 @@ class ControlServer:
 class _Connection:
     """One client's byte stream with its descriptors."""
 
-    def __init__(self, connection: trio.socket.SocketType) -> None:
+    def __init__(self, connection: trio.socket.SocketType, gate: Gate) -> None:
         self._socket = connection
+        self._gate = gate
         self._decoder = FrameDecoder(control.MAX_FRAME_BYTES)
         self._fds: list[int] = []
         self._sending = trio.Lock()
@@ -283,13 +290,15 @@ class _Connection:
         return frame
 
     async def _read(self) -> bool:
-        space = socket.CMSG_SPACE(control.MAX_FDS * 4)
+        most = self._gate.max_fds
+        # Without room for them the kernel drops descriptors before they are ours.
+        space = socket.CMSG_SPACE(most * 4) if most else 0
         data, ancillary, flags, _ = await self._socket.recvmsg(_READ_BYTES, space, socket.MSG_CMSG_CLOEXEC)
         for level, kind, body in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self._fds.extend(struct.unpack(f"{len(body) // 4}i", body[: len(body) // 4 * 4]))
-        if flags & socket.MSG_CTRUNC or len(self._fds) > control.MAX_FDS:
-            raise FormatError(f"more than {control.MAX_FDS} descriptors at once")
+        if flags & socket.MSG_CTRUNC or len(self._fds) > most:
+            raise self._gate.too_many_fds()
         self._decoder.receive_data(data)
         return bool(data)
 
@@ -305,41 +314,3 @@ class _deadline:  # used like a function
         self._scope.__exit__(*exc_info)  # type: ignore[arg-type]  # the three values python passes
         if self._scope.cancelled_caught:
             raise FormatError(f"a control client stalled for {control.REQUEST_TIMEOUT_S} s in the middle of a message")
-
-
-def _peer_uid(connection: trio.socket.SocketType) -> int:
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    uid: int = struct.unpack("3i", raw)[1]
-    return uid
-
-
-def _bind(path: Path) -> trio.socket.SocketType:
-    _check_folder(path.parent)
-    listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        # Before bind: the file then appears with this mode, whatever the umask; chmod afterwards leaves a gap.
-        os.fchmod(listener.fileno(), 0o600)
-        folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            # A stale socket of a killed daemon is ours to remove: the home's lock says nobody serves it.
-            if path.is_socket():
-                path.unlink()
-            # Through /proc the address fits its 107 bytes, however deep the home lies.
-            listener._sock.bind(f"/proc/self/fd/{folder}/{path.name}")  # type: ignore[attr-defined]  # trio's bind resolves names
-        finally:
-            os.close(folder)
-        listener.listen(_BACKLOG)
-    except OSError as exc:
-        listener.close()
-        raise DaemonError(f"cannot listen on {path}: {exc.strerror}") from exc
-    return listener
-
-
-def _check_folder(folder: Path) -> None:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    stat = folder.lstat()
-    if not folder.is_dir() or folder.is_symlink() or stat.st_uid != os.getuid() or stat.st_mode & 0o077:
-        raise StoreError(
-            f"{folder} must be a folder of yours with mode 0700: others could replace the control socket",
-            hint=f"chmod 700 {folder}",
-        )

@@ -1,8 +1,8 @@
 """The composition root: builds one daemon from a home and a configuration, and takes it down in order.
 
-Start: lock, store, library, hash workers, swarm, control socket, `READY`. End (SIGTERM, SIGINT, `stop`, or idle on demand):
-clients are cut off, transfers leave the swarm, the engine gets up to 5 s, and the process exits 0. All resume state is in the
-journals before that, so `kill -9` at any moment loses nothing that was proven.
+Start: lock, store, library, hash workers, swarm, control socket, detached fetches, `READY`. End (SIGTERM, SIGINT, `stop`, or
+idle on demand): clients are cut off, transfers leave the swarm, the engine gets up to 5 s, and the process exits 0. All resume
+state is in the journals before that, so `kill -9` at any moment loses nothing that was proven.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from pathlib import Path
 
 import trio
 
+from modelp2p.daemon.accounts import public_gate
 from modelp2p.daemon.cleaning import remove_abandoned_publishes
 from modelp2p.daemon.client import build
 from modelp2p.daemon.config import Config, parse_peers_file
 from modelp2p.daemon.control import ControlServer
 from modelp2p.daemon.diskerror import on_disk
+from modelp2p.daemon.files import atomic_symlink
+from modelp2p.daemon.gate import OwnerGate
 from modelp2p.daemon.hashing import HashPool
 from modelp2p.daemon.library import Library
 from modelp2p.daemon.lock import HomeLock, this_daemon
@@ -53,6 +56,8 @@ class Surroundings:
 
     runtime_dir: str | None = None
     """`$XDG_RUNTIME_DIR`, or `/run` for a service: where the socket goes."""
+    service_dir: str | None = None
+    """systemd's `$RUNTIME_DIRECTORY`, which makes this daemon a service: where its public socket goes."""
     notify_socket: str | None = None
     """systemd's `$NOTIFY_SOCKET`."""
     on_demand: bool = False
@@ -126,23 +131,40 @@ async def _serve(node: Node, nursery: trio.Nursery, address: Path, given: Surrou
     async with trio.open_nursery() as inner:
         await inner.start(node.run)
         service = Service(node, inner, on_demand=given.on_demand, stop=stop.set)
-        server = ControlServer(address, service.handle)
+        server = ControlServer(address, service.handle, OwnerGate(os.getuid()))
         server.on_close = lambda state: abandon(node, state)
         if given.on_demand:
             server.on_idle = lambda: None if service.is_busy else stop.set()
-            inner.start_soon(_leave_if_alone, server, stop)
+            service.on_idle = lambda: None if server.clients else stop.set()
+            inner.start_soon(_leave_if_alone, server, service, stop)
         await inner.start(_stop_on_signal, stop)
         await inner.start(server.serve)
+        if given.service_dir and node.config.control.public:
+            await _serve_public(node, inner, service, Path(given.service_dir))
         port = 0
         if not given.on_demand:
             port = (await node.swarm.wait_listening()).port
             await _seed_all(node, given.seed_refs)
+            # After serving what is here already: a fetch holds its release until it ends, and READY would wait for it.
+            service.take_up_jobs()
         _say_ready(given, node, port)
         notifier.tell(f"READY=1\nSTATUS=port {port}, {len(node.shared)} releases")
         inner.start_soon(notifier.keep_alive)
         await stop.wait()
         notifier.tell("STOPPING=1")
         inner.cancel_scope.cancel()
+
+
+async def _serve_public(node: Node, nursery: trio.Nursery, service: Service, folder: Path) -> None:
+    """Open the service to other users of the machine.
+
+    Only where systemd made a folder for it: every user's own daemon reads the machine's configuration too, and shall not
+    open a home to others because the service's does.
+    """
+    server = ControlServer(folder / layout.PUBLIC_SOCKET, service.handle, public_gate(node.config))
+    await nursery.start(server.serve)
+    # For those who name the home instead of the service.
+    await trio.to_thread.run_sync(atomic_symlink, server.path, node.store.path(layout.PUBLIC_SOCKET))
 
 
 async def _seed_all(node: Node, refs: tuple[str, ...] | None) -> None:
@@ -155,9 +177,9 @@ async def _seed_all(node: Node, refs: tuple[str, ...] | None) -> None:
             log.error("%s is not served: %s", info_hash.hex()[:16], exc.message)
 
 
-async def _leave_if_alone(server: ControlServer, stop: trio.Event) -> None:
+async def _leave_if_alone(server: ControlServer, service: Service, stop: trio.Event) -> None:
     await trio.sleep(FIRST_CLIENT_S)
-    if not server.clients:
+    if not server.clients and not service.is_busy:
         stop.set()
 
 

@@ -23,7 +23,7 @@ from modelp2p.protocol.envelope import MAX_ENVELOPE_BYTES
 from modelp2p.protocol.errors import CorruptError, FormatError, ModelP2PError, RollbackError, UntrustedError, UsageError
 from modelp2p.protocol.journal import Selection
 from modelp2p.protocol.layers import encode_layers
-from modelp2p.protocol.manifest import MAX_UINT, FileEntry, Lineage, Manifest, Origin, encode_manifest
+from modelp2p.protocol.manifest import MAX_LIST, MAX_UINT, FileEntry, Lineage, Manifest, Origin, check_stated, encode_manifest
 from modelp2p.protocol.names import ModelName, PublisherId, Revision, check_publisher_id, check_revision
 from modelp2p.protocol.publisher import MAX_CHAIN_BYTES
 from modelp2p.protocol.statement import Release, Statement
@@ -65,8 +65,8 @@ class _Statement:
         try:
             notes = cast("Map", codec.take(args, "notes", dict)) if args.get("notes") else {}
             origin = cast("Map", codec.take(args, "origin", dict)) if args.get("origin") else None
-            rows = codec.take_list(args, "lineage", dict, maximum=64) if args.get("lineage") else []
-            return cls(
+            rows = codec.take_list(args, "lineage", dict, maximum=MAX_LIST) if args.get("lineage") else []
+            stated = cls(
                 ModelName.parse(text(args, "name")),
                 codec.take_uint(args, "created", maximum=MAX_UINT),
                 codec.take_uint(args, "sequence", maximum=MAX_UINT),
@@ -75,10 +75,12 @@ class _Statement:
                 text(args, "license_file", "") or None if args.get("license_file") is not None else None,
                 tuple(_lineage(cast("Map", row)) for row in rows),
                 Origin(text(origin, "repo"), check_revision(text(origin, "commit"))) if origin else None,
-                texts(args, "web_seeds", 64),
-                texts(args, "trackers", 64),
+                texts(args, "web_seeds", MAX_LIST),
+                texts(args, "trackers", MAX_LIST),
                 tuple((key, text(notes, key)) for key in sorted(notes)),
             )
+            check_stated(stated.license, stated.lineage, stated.web_seeds, stated.trackers, stated.notes)
+            return stated
         except FormatError as exc:
             raise UsageError(exc.message, hint=exc.hint) from exc
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ from modelp2p.protocol.journal import FileStamp
 from modelp2p.protocol.kinds import FileKind, kind_of
 from modelp2p.protocol.layers import Layers, make_layers
 from modelp2p.protocol.manifest import GIT_MAX_BYTES, FileEntry, Manifest, Origin, content_revision
-from modelp2p.protocol.paths import check_path, check_paths
+from modelp2p.protocol.paths import MAX_FILES, check_path, check_paths
 from modelp2p.protocol.selection import wanted_paths
 from modelp2p.protocol.statement import payload_info
 from modelp2p.protocol.text import printable
@@ -77,21 +77,14 @@ async def prepare(
     `template` builds the manifest from (files, piece length, info-hash, revision).
 
     Raises:
-        UsageError: nothing to publish, or a link in the folder.
+        UsageError: nothing to publish, too many files, or a link in the folder.
         FormatError: a path or size that no release may have.
         CorruptError: a file changed while it was read.
         NoSpaceError: copying was needed and does not fit.
     Cancellation: the staging folder is removed.
     """
     sizes, skipped = await trio.to_thread.run_sync(_list, source)
-    # Checked first: a name that is not UTF-8 has no place in any order.
-    chosen = [check_path(path) for path in wanted_paths(sizes, include, exclude)]
-    chosen.sort(key=lambda path: path.encode("utf-8"))
-    if not chosen or not any(sizes[path] for path in chosen):
-        raise UsageError(
-            "there is nothing to publish: no file with content was found", hint="Give the folder that holds the model files."
-        )
-    check_paths(chosen)
+    chosen = chosen_paths(sizes, include, exclude)
     pool.warm(1 + sum(sizes[path] for path in chosen) // CHUNK_BYTES)
     staging = f"{layout.DATA}/{temporary_name(STAGING_PREFIX)}"
     make_dirs_beneath(store.fd, staging, mode=0o700)
@@ -100,6 +93,29 @@ async def prepare(
     except BaseException:
         remove_tree_beneath(store.fd, staging)
         raise
+
+
+def chosen_paths(sizes: Mapping[str, int], include: tuple[str, ...], exclude: tuple[str, ...]) -> list[str]:
+    """The paths of a folder that become a release, in manifest order; `sizes` has each regular file's bytes.
+
+    Raises:
+        UsageError: none has content, or there are more than a release may have.
+        FormatError: a path that no release may have.
+    """
+    wanted = wanted_paths(sizes, include, exclude)
+    if len(wanted) > MAX_FILES:
+        raise UsageError(
+            f"there are {len(wanted)} files to publish, and a release has at most {MAX_FILES}",
+            hint="Leave some out with --include or --exclude, or publish the folder in parts.",
+        )
+    # Checked before they are sorted: a name that is not UTF-8 has no place in any order.
+    chosen = sorted((check_path(path) for path in wanted), key=lambda path: path.encode("utf-8"))
+    if not any(sizes[path] for path in chosen):
+        raise UsageError(
+            "there is nothing to publish: no file with content was found", hint="Give the folder that holds the model files."
+        )
+    check_paths(chosen)
+    return chosen
 
 
 async def _prepare(

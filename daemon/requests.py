@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 from modelp2p.protocol import codec
 from modelp2p.protocol.codec import Map, Value
 from modelp2p.protocol.errors import FormatError, UsageError
+from modelp2p.protocol.job import MAX_PATTERNS, MAX_PEERS, MAX_RATE
+from modelp2p.protocol.job import MAX_TIMEOUT_S as MAX_TIMEOUT_S  # the command line asks for it here
 from modelp2p.protocol.links import Link, PeerAddress, parse_link
 from modelp2p.protocol.names import BundleRef, LinkRef, NameRef, parse_ref
 
@@ -19,11 +21,6 @@ Emit = Callable[[Map], None]
 """Where a verb tells its progress; a map with `phase` and what fits it (docs/PROTOCOL.md)."""
 
 _T = TypeVar("_T")
-
-MAX_PATTERNS = 1000
-MAX_PEERS = 1000
-MAX_RATE = 2**31 - 1
-"""libtorrent's limits are 32-bit; 2 GB/s is beyond one network thread anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +85,12 @@ class FetchRequest:
         for key in args:
             if key not in known:
                 raise UsageError(f"unknown argument '{key}'")
-        timeout = args.get("timeout_s")
-        if timeout is not None and (type(timeout) is not int or not 0 < timeout <= 10**9):
-            raise UsageError("the timeout must be a whole number of seconds, at least 1")
         return cls(
             target,
             texts(args, "include", MAX_PATTERNS),
             texts(args, "exclude", MAX_PATTERNS),
             peers(args),
-            float(timeout) if isinstance(timeout, int) else default_timeout_s,
+            timeout_s(args, default_timeout_s),
             flag(args, "dry_run"),
             flag(args, "allow_code"),
             flag(args, "seed", default=True),
@@ -126,6 +120,16 @@ def flag(args: Map, key: str, *, default: bool = False) -> bool:
     if type(value) is not bool:
         raise UsageError(f"'{key}' must be true or false")
     return value
+
+
+def timeout_s(args: Map, default_s: float) -> float:
+    """The optional `timeout_s`: how long nothing new may come, in whole seconds, because the protocol carries no fractions."""
+    value = args.get("timeout_s")
+    if value is None:
+        return default_s
+    if type(value) is not int or not 0 < value <= MAX_TIMEOUT_S:
+        raise UsageError("the timeout must be a whole number of seconds, at least 1")
+    return float(value)
 
 
 def rate(args: Map, key: str) -> int:

@@ -16,11 +16,13 @@ from modelp2p.daemon.checking import verify_release
 from modelp2p.daemon.cleaning import collect_garbage, remove_release
 from modelp2p.daemon.config import config_to_toml
 from modelp2p.daemon.control import Answer, Call
-from modelp2p.daemon.fetch import detached, fetch, resolve, statement_of, verify
-from modelp2p.daemon.requests import FetchRequest, Target, flag, peers, rate, text, texts
+from modelp2p.daemon.fetch import fetch, resolve, select, statement_of, verify
+from modelp2p.daemon.jobs import Jobs, job_of
+from modelp2p.daemon.requests import FetchRequest, Target, flag, peers, rate, text, texts, timeout_s
 from modelp2p.daemon.sealed import read_sealed, sealed
 from modelp2p.protocol import layout
 from modelp2p.protocol.errors import NotFoundError, UsageError
+from modelp2p.protocol.manifest import encode_manifest
 from modelp2p.protocol.names import check_publisher_id
 from modelp2p.protocol.statement import MAX_BUNDLE_BYTES, decode_bundle, encode_bundle
 from modelp2p.protocol.trust import TrustEntry, admit
@@ -38,11 +40,12 @@ class Service:
 
     def __init__(self, node: Node, nursery: trio.Nursery, *, on_demand: bool, stop: Callable[[], None]) -> None:
         self._node = node
-        self._nursery = nursery
         self._on_demand = on_demand
         self._stop = stop
         self._started = trio.current_time()
-        self._detached = 0
+        self._jobs = Jobs(node, nursery, lambda: self.on_idle())
+        self.on_idle: Callable[[], None] = lambda: None
+        """Called when the last job without a client has ended."""
         self._verbs: dict[str, Callable[[Call], Awaitable[Answer]]] = {
             "adopt": self._adopt,
             "config": self._config,
@@ -67,7 +70,11 @@ class Service:
     @property
     def is_busy(self) -> bool:
         """Whether jobs without a client are running."""
-        return self._detached > 0
+        return self._jobs.running > 0
+
+    def take_up_jobs(self) -> None:
+        """Go on with the detached fetches that an earlier daemon accepted."""
+        self._jobs.take_up()
 
     async def handle(self, call: Call) -> Answer:
         """Serve one call.
@@ -84,12 +91,13 @@ class Service:
 
     async def _fetch(self, call: Call) -> Answer:
         request = FetchRequest.decode(call.args, self._target(call), self._node.config.fetch.timeout_s)
-        if not request.detach:
+        if request.dry_run or not request.detach:
             return Answer(await fetch(self._node, self._own(request), call.emit))
         # Everything that can be refused is refused while somebody listens.
         resolved = await resolve(self._node, request.target, request, call.emit)
-        self._nursery.start_soon(self._detach, request)
         release = resolved.release
+        select(release, request, allow_code=request.allow_code or self._node.config.policy.allow_code)
+        await self._jobs.accept(job_of(resolved, request, self._node.config.fetch.timeout_s))
         path = self._node.store.model_path(
             release.manifest.name, release.publisher_id, release.manifest.revision, named=resolved.is_named
         )
@@ -109,17 +117,6 @@ class Service:
                 "milliseconds": 0,
             }
         )
-
-    async def _detach(self, request: FetchRequest) -> None:
-        self._detached += 1
-        try:
-            await detached(self._node, request, lambda _: None)
-        except Exception:
-            log.exception("internal error in a detached fetch")
-        finally:
-            self._detached -= 1
-            if self._on_demand and not self._detached:
-                self._stop()
 
     def _own(self, request: FetchRequest) -> FetchRequest:
         """A daemon that leaves with its client need not start serving what was just fetched."""
@@ -150,7 +147,9 @@ class Service:
         )
 
     async def _rm(self, call: Call) -> Answer:
-        return Answer(await remove_release(self._node, self._entry(call)))
+        entry = self._entry(call)
+        await self._jobs.cancel(entry.info_hash)
+        return Answer(await remove_release(self._node, entry))
 
     async def _gc(self, call: Call) -> Answer:
         return Answer(await collect_garbage(self._node, dry_run=flag(call.args, "dry_run")))
@@ -226,42 +225,16 @@ class Service:
     async def _show(self, call: Call) -> Answer:
         entry = self._entry(call)
         release = await trio.to_thread.run_sync(self._node.library.release, entry.digest)
-        manifest = release.manifest
-        files: list[Value] = [
-            {
-                "path": item.path,
-                "size": item.size,
-                "root": item.root.hex(),
-                "sha256": item.sha256.hex(),
-                "kind": item.kind.value,
-                "etag": (item.git_sha1 or item.sha256).hex(),
-            }
-            for item in manifest.files
-        ]
-        lineage: list[Value] = [
-            {"relation": item.relation, "name": item.name, "revision": item.revision, "info_hash": item.info_hash.hex()}
-            for item in manifest.lineage
-        ]
         result: Map = self._summary(entry) | {
             "manifest_hash": release.manifest_hash.hex(),
-            "created": manifest.created,
-            "license": manifest.license,
-            "license_file": manifest.license_file,
-            "lineage": lineage,
-            "origin": {"repo": manifest.origin.repo, "commit": manifest.origin.commit} if manifest.origin else None,
-            "web_seeds": list(manifest.web_seeds),
-            "trackers": list(manifest.trackers),
-            "notes": dict(manifest.notes),
-            "piece_length": manifest.piece_length,
-            "files": files,
-            "link": str(release.link()),
             "path": self._path(entry),
             "statements": len(self._node.library.about(entry.info_hash)),
         }
-        if not flag(call.args, "bundle_out"):
-            return Answer(result)
-        statement = self._node.store.load_statement(entry.digest)
-        return Answer(result, (sealed("bundle", encode_bundle(statement)),))
+        # What was signed travels as it was signed: 10,000 files do not fit a frame.
+        contents = {"manifest": await trio.to_thread.run_sync(encode_manifest, release.manifest)}
+        if flag(call.args, "bundle_out"):
+            contents["bundle"] = encode_bundle(self._node.store.load_statement(entry.digest))
+        return Answer(result, tuple(sealed(name, data) for name, data in contents.items()))
 
     async def _trust_add(self, call: Call) -> Answer:
         pattern = text(call.args, "name")
@@ -271,7 +244,8 @@ class Service:
         if target.link is not None:
             # A pattern that is taken is refused before anybody is asked for anything.
             self._node.book.added(TrustEntry(pattern, target.link.publisher))
-        request = FetchRequest(target, peers=peers(call.args), dry_run=True, timeout_s=self._node.config.fetch.timeout_s)
+        patience_s = timeout_s(call.args, self._node.config.fetch.timeout_s)
+        request = FetchRequest(target, peers=peers(call.args), dry_run=True, timeout_s=patience_s)
         release = await trio.to_thread.run_sync(verify, self._node, await statement_of(self._node, target, request))
         if target.link is not None:
             admit(release, self._node.book, target.link)
@@ -344,7 +318,7 @@ class Service:
             "state": shared.state,
             "size": entry.size,
             "proven": shared.proven,
-            "error": shared.error,
+            "error": shared.trouble,
         }
 
     def _live(self, entry: Entry) -> Map:

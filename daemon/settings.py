@@ -30,6 +30,8 @@ _MAX_QUANTITY = 2**63 - 1
 # RFC 1035 section 2.3.4: names of 255 octets or less; IPv6 literals are shorter.
 _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,253}[A-Za-z0-9.])?", re.ASCII)
 _MAX_PORT = 65_535
+# useradd(8) allows less; directories such as LDAP and AD add capitals, dots and @.
+_ACCOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,254}\$?", re.ASCII)
 
 
 class Endpoint(NamedTuple):
@@ -97,6 +99,15 @@ def count(least: int, most: int) -> Reader[int]:
         return value
 
     return read
+
+
+def account(value: object, key: str) -> str:
+    """A user or group of this machine, by name or number."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        value = str(value)
+    if not isinstance(value, str) or not _ACCOUNT.fullmatch(value):
+        raise _wrong(key, "the name or number of a user or group", value)
+    return value
 
 
 def address(*, zero_port: bool = False) -> Reader[str]:

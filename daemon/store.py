@@ -1,4 +1,4 @@
-"""The home folder: what lies where, made safe once, and the small files in it (statements, records, trust, model links).
+"""The home folder: what lies where, made safe once, and the small files in it (statements, records, jobs, trust, links).
 
 Invariants:
 - every path is resolved below one open descriptor of the home, without following links (`beneath`);
@@ -20,7 +20,8 @@ from modelp2p.daemon.beneath import make_dirs_beneath, open_beneath, remove_tree
 from modelp2p.daemon.diskerror import on_disk
 from modelp2p.daemon.files import atomic_symlink, fsync_dir, temporary_name, write_atomic
 from modelp2p.protocol import layout
-from modelp2p.protocol.errors import FormatError, NotFoundError, StoreError
+from modelp2p.protocol.errors import FormatError, ModelP2PError, NotFoundError, StoreError
+from modelp2p.protocol.job import MAX_JOB_BYTES, Job, decode_job, encode_job, job_id
 from modelp2p.protocol.publisher import MAX_CHAIN_BYTES, RootChain, decode_chain, encode_chain
 from modelp2p.protocol.record import MAX_RECORD_BYTES, ReleaseRecord, decode_record, encode_record
 from modelp2p.protocol.statement import FILE_LIMITS, Statement
@@ -108,7 +109,7 @@ class Store:
     def statement_digests(self) -> Iterator[bytes]:
         """The ids of every kept statement."""
         for name in self._names(layout.MANIFESTS):
-            if len(name) == 64 and all(c in "0123456789abcdef" for c in name):
+            if _is_digest(name):
                 yield bytes.fromhex(name)
 
     def remove_statement(self, digest: bytes) -> None:
@@ -157,6 +158,30 @@ class Store:
                 if folder == self.path(layout.MODELS) or not folder.exists() or any(folder.iterdir()):
                     break
                 folder.rmdir()
+
+    # Detached fetches
+
+    def save_job(self, job: Job) -> None:
+        """Keep a detached fetch; doing it again changes nothing."""
+        data = encode_job(job)
+        write_atomic(self.path(layout.JOBS), job_id(data).hex(), data, 0o600)
+
+    def jobs(self) -> Iterator[Job]:
+        """Every kept detached fetch; one that cannot be used is logged and left where it is."""
+        for name in self._names(layout.JOBS):
+            if not _is_digest(name):
+                continue
+            try:
+                yield self._load_job(name)
+            except NotFoundError:
+                continue  # it was done meanwhile
+            except ModelP2PError as exc:
+                # One that cannot be read costs that job, not the node.
+                log.error("the detached fetch %s is not used: %s", self.path(f"{layout.JOBS}/{name}"), exc.message)
+
+    def remove_job(self, job_id: bytes) -> bool:
+        """Forget a detached fetch; False where there was none."""
+        return remove_tree_beneath(self.fd, layout.job_of(job_id))
 
     # Trust
 
@@ -211,6 +236,13 @@ class Store:
                 hint="Update modelp2p, or choose another home with MODELP2P_HOME.",
             )
 
+    def _load_job(self, name: str) -> Job:
+        data = self._read(f"{layout.JOBS}/{name}", MAX_JOB_BYTES)
+        job = decode_job(data)
+        if job_id(data).hex() != name:
+            raise FormatError("its bytes are not those it is named after")
+        return job
+
     def _make_private(self, name: str) -> None:
         make_dirs_beneath(self.fd, name, mode=0o700)
         with on_disk(f"cannot check {name}"):
@@ -255,3 +287,7 @@ class Store:
                 return bytes(data)
         finally:
             os.close(fd)
+
+
+def _is_digest(name: str) -> bool:
+    return len(name) == 64 and all(c in "0123456789abcdef" for c in name)

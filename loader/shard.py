@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from modelp2p.protocol.errors import StoreError
+from modelp2p.protocol.errors import FormatError, StoreError
 from modelp2p.protocol.ranges import Ranges
 from modelp2p.protocol.safetensors import Header, header_bytes, parse_header
 
@@ -97,13 +98,24 @@ def open_shard(source: SourceFile, table: PieceTable, decide: Callable[[SourceFi
 
     Raises:
         IntegrityError: the header's bytes are not what was signed, or changed meanwhile.
-        FormatError: they are, and are no valid header.
+        FormatError: they are, and are no valid header; names the file.
     """
     way = decide(source)
-    data = _header_data(source, table, way.is_hashed, max_header_bytes)
-    if not way.is_hashed:
-        source.check_unchanged()
-    return Shard(source, table, way, parse_header(memoryview(data), table.size, max_header_bytes), len(data))
+    with _naming(table.path):
+        data = _header_data(source, table, way.is_hashed, max_header_bytes)
+        if not way.is_hashed:
+            source.check_unchanged()
+        header = parse_header(memoryview(data), table.size, max_header_bytes)
+    return Shard(source, table, way, header, len(data))
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Say in which file a header is bad: `protocol.safetensors` is given bytes and knows no names."""
+    try:
+        yield
+    except FormatError as exc:
+        raise FormatError(f"'{path}': {exc.message}", hint=exc.hint, **{**exc.facts, "path": path}) from exc
 
 
 def _header_data(source: SourceFile, table: PieceTable, is_hashed: bool, max_header_bytes: int) -> bytearray:

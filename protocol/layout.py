@@ -8,9 +8,11 @@ manifests/<sha256 of envelope>/           0755  layers, manifest, publisher: one
 models/<org>/<model>/<revision>           symlink into store, where the publisher is trusted for the name
 models/by-publisher/<id>/<org>/<model>/<revision>   the same, where it is not
 journal/<info-hash>                       0700  what is proven, append-only
+jobs/<sha256 of it>                       0700  a detached fetch that is not done
 trust/                                    which publisher may use which name, and root chains
 keys/                                     0700
 run/                                      0700  lock, and the socket where no runtime folder exists
+public.sock                               symlink to the public socket of a service that has one
 """
 
 from __future__ import annotations
@@ -21,21 +23,23 @@ if TYPE_CHECKING:
     from modelp2p.protocol.names import ModelName, PublisherId
 
 HOME_VERSION = 1
-DATA, STORE, MANIFESTS, MODELS, JOURNAL, TRUST, KEYS, RUN = (
+DATA, STORE, MANIFESTS, MODELS, JOURNAL, JOBS, TRUST, KEYS, RUN = (
     "data",
     "store",
     "manifests",
     "models",
     "journal",
+    "jobs",
     "trust",
     "keys",
     "run",
 )
-PRIVATE = (DATA, JOURNAL, KEYS, RUN)
+PRIVATE = (DATA, JOURNAL, JOBS, KEYS, RUN)
 """Folders only the owner may enter (0700); the others are 0755."""
 BY_PUBLISHER = "by-publisher"
 RECORD = "record"
 LOCK = f"{RUN}/lock"
+PUBLIC_SOCKET = "public.sock"
 
 
 def data_of(info_hash: bytes) -> str:
@@ -61,6 +65,11 @@ def statement_of(digest: bytes) -> str:
 def journal_of(info_hash: bytes) -> str:
     """The journal file."""
     return f"{JOURNAL}/{info_hash.hex()}"
+
+
+def job_of(job_id: bytes) -> str:
+    """The file of a detached fetch."""
+    return f"{JOBS}/{job_id.hex()}"
 
 
 def model_of(name: ModelName, revision: str) -> str:

@@ -4,6 +4,7 @@ Invariants of a `Manifest` that exists:
 - every path is legal and no two collide; files are sorted by the UTF-8 bytes of their paths;
 - the revision is `origin.commit`, or is recomputed from the content and equal;
 - the piece length is the one the total size demands, so one content has one swarm;
+- lists, notes and texts keep their caps, each note key comes once and in order;
 - `encode(decode_manifest(data)) == data`.
 
 It does not judge who signed it (`publisher`) nor derive the torrent (`torrent`); `statement` joins the three.
@@ -12,7 +13,7 @@ It does not judge who signed it (`publisher`) nor derive the torrent (`torrent`)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -136,6 +137,7 @@ class Manifest:
             raise FormatError("info_hash must have 32 bytes")
         if not (0 <= self.created <= MAX_UINT and 1 <= self.sequence <= MAX_UINT):
             raise FormatError("created or sequence is out of range")
+        check_stated(self.license, self.lineage, self.web_seeds, self.trackers, self.notes, self.critical)
         expected = self.origin.commit if self.origin else content_revision(self.files)
         if self.revision != expected:
             raise FormatError(f"revision {self.revision} is not the content's ({expected})")
@@ -157,6 +159,30 @@ class Manifest:
 
     def __contains__(self, path: str) -> bool:
         return path in self._by_path
+
+
+def check_stated(
+    license_: str,
+    lineage: Sequence[Lineage],
+    web_seeds: Sequence[str],
+    trackers: Sequence[str],
+    notes: Sequence[tuple[str, str]],
+    critical: Sequence[str] = (),
+) -> None:
+    """Check what a publisher says, as opposed to what the files are: known before hours of hashing, so checked before them.
+
+    Raises:
+        FormatError: more than `MAX_LIST` entries, a text that is too long or hides something, or notes out of order.
+    """
+    lists = {"lineage": lineage, "web_seeds": web_seeds, "trackers": trackers, "notes": notes, "critical": critical}
+    for name, items in lists.items():
+        if len(items) > MAX_LIST:
+            raise FormatError(f"manifest: field '{name}' has {len(items)} items, more than the limit of {MAX_LIST}")
+    for text in (license_, *web_seeds, *trackers, *critical, *(text for note in notes for text in note)):
+        _check_text(text)
+    keys = [key for key, _ in notes]
+    if keys != sorted(set(keys)):
+        raise FormatError("manifest: the notes are not sorted by key, or have a key twice")
 
 
 def content_revision(files: Iterable[FileEntry]) -> Revision:
@@ -243,23 +269,21 @@ def decode_manifest(data: bytes) -> Manifest:
     notes = cast("Map", codec.take_optional(source, "notes", dict, "manifest") or {})
     if "notes" in source and not notes:
         raise FormatError("manifest: empty notes must be left out")
-    if len(notes) > MAX_LIST:
-        raise FormatError(f"manifest: field 'notes' has {len(notes)} items, more than the limit of {MAX_LIST}")
     return Manifest(
-        name=ModelName.parse(_text(source, "name")),
-        revision=check_revision(_text(source, "revision")),
+        name=ModelName.parse(codec.take(source, "name", str, "manifest")),
+        revision=check_revision(codec.take(source, "revision", str, "manifest")),
         created=codec.take_uint(source, "created", maximum=MAX_UINT),
         sequence=codec.take_uint(source, "sequence", maximum=MAX_UINT),
         info_hash=codec.take_bytes(source, "info_hash", 32),
         piece_length=codec.take_uint(source, "piece_length", maximum=MAX_UINT),
         files=tuple(_decode_file(cast("Map", item)) for item in files),
-        license=_text(source, "license"),
-        license_file=_text(source, "license_file") if "license_file" in source else None,
+        license=codec.take(source, "license", str, "manifest"),
+        license_file=codec.take_optional(source, "license_file", str, "manifest"),
         lineage=tuple(_decode_lineage(cast("Map", item)) for item in lineage),
         origin=None if origin is None else _decode_origin(cast("Map", origin)),
         web_seeds=_texts(source, "web_seeds"),
         trackers=_texts(source, "trackers"),
-        notes=tuple((_line(key), _text(notes, key)) for key in sorted(notes)),
+        notes=tuple((key, codec.take(notes, key, str, "notes")) for key in sorted(notes)),
         critical=_texts(source, "critical"),
     )
 
@@ -312,16 +336,12 @@ def _decode_origin(source: Map) -> Origin:
 
 
 def _texts(source: Map, key: str) -> tuple[str, ...]:
-    return tuple(_line(item) for item in codec.take_list(source, key, str, maximum=MAX_LIST, where="manifest"))
+    return tuple(codec.take_list(source, key, str, maximum=MAX_LIST, where="manifest"))
 
 
-def _text(source: Map, key: str) -> str:
-    return _line(codec.take(source, key, str, "manifest"))
-
-
-def _line(text: str) -> str:
-    if len(text.encode("utf-8")) > MAX_TEXT_BYTES:
-        raise FormatError(f"manifest: a text is longer than {MAX_TEXT_BYTES} bytes")
+def _check_text(text: str) -> None:
+    # In this order: a lone surrogate is refused as hidden and cannot be encoded.
     if printable(text) != text:
         raise FormatError("manifest: a text holds control, bidi or invisible characters")
-    return text
+    if len(text.encode("utf-8")) > MAX_TEXT_BYTES:
+        raise FormatError(f"manifest: a text is longer than {MAX_TEXT_BYTES} bytes")

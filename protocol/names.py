@@ -38,9 +38,10 @@ class ModelName:
         if self.org != BARE_ORG:
             _check_segment(self.org)
         _check_segment(self.model)
-        if self.org == "by-publisher":
-            # models/by-publisher/ is where releases of untrusted publishers appear (docs/DESIGN.md).
-            raise FormatError("the organisation name 'by-publisher' is reserved")
+        if self.org.lower() == "by-publisher":
+            # models/by-publisher/ is where releases of untrusted publishers appear (docs/DESIGN.md); in any case of letters,
+            # because on a file system that folds case "By-Publisher" is the same folder.
+            raise FormatError(f"the organisation name '{self.org}' is reserved", hint="Choose another organisation.")
 
     @classmethod
     def parse(cls, text: str) -> ModelName:

@@ -205,6 +205,7 @@ def test_the_folders_of_a_home_are_in_the_protocol_page() -> None:
         layout.MANIFESTS,
         layout.MODELS,
         layout.JOURNAL,
+        layout.JOBS,
         layout.TRUST,
         layout.KEYS,
         layout.LOCK,

@@ -67,10 +67,12 @@ def test_no_tensor_of_a_release_with_a_hostile_header_is_handed_out(path: str, t
     home.trust()
     home.add(case.statement, files)
     with (
-        pytest.raises(FormatError),
+        pytest.raises(FormatError) as caught,
         loader.open_release("lab/model", "cpu", home=str(tmp_path), publisher=publisher().id) as release,
     ):
         release.load()
+    assert caught.value.message.startswith(f"'{path}': ")
+    assert caught.value.facts["path"] == path
 
 
 @pytest.mark.swarm
@@ -83,4 +85,4 @@ def test_load_of_a_hostile_header_exits_4(tmp_path: Path) -> None:
     home = Home(node.home)
     home.trust()
     home.add(Case.of(files).statement, files)
-    check_told(node.run("load", "lab/model"), 4)
+    assert "twice.safetensors" in check_told(node.run("load", "lab/model"), 4)

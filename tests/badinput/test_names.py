@@ -135,7 +135,11 @@ def test_names_at_the_limit_are_published(node: Node, tmp_path: Path) -> None:
 
 @pytest.mark.swarm
 @pytest.mark.parametrize(
-    "name", ["../evil", "a/b/c", "-x/model", "org/mo\x1b[2Jdel", "org/\u202emodel", "", "a--b/c", "org/" + "m" * 97]
+    "name",
+    [
+        *("../evil", "a/b/c", "-x/model", "org/mo\x1b[2Jdel", "org/\u202emodel", "", "a--b/c", "org/" + "m" * 97),
+        *("by-publisher/model", "By-Publisher/model"),
+    ],
 )
 def test_a_name_that_no_release_may_have_is_a_usage_error(node: Node, name: str, tmp_path: Path) -> None:
     named("model.json")(tmp_path / "source")

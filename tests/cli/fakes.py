@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from modelp2p.cli.main import run
 from modelp2p.protocol.errors import DaemonError, FormatError, ModelP2PError
+from modelp2p.protocol.kinds import FileKind
+from modelp2p.protocol.manifest import FileEntry, Lineage, Manifest, Origin, encode_manifest
+from modelp2p.protocol.names import ModelName, Revision
 
 if TYPE_CHECKING:
     from modelp2p.protocol.codec import Map
@@ -72,9 +75,24 @@ STATUS: Map = {
     },
     "releases": [{**RELEASE, "rate_down": 5_000_000, "rate_up": 0, "peers": 2, "uploaded": 12}],
 }
+SHOWN_ROW: Map = {**RELEASE, "manifest_hash": MANIFEST, "path": PATH, "statements": 1}
+"""What the daemon itself says to `show`; it sends `SHOWN_MANIFEST` along."""
+SHOWN_MANIFEST = Manifest(
+    name=ModelName.parse("lab/model"),
+    revision=Revision(REVISION),
+    created=1_700_000_000,
+    sequence=1,
+    info_hash=bytes.fromhex(INFO_HASH),
+    piece_length=1 << 20,
+    files=(FileEntry("a.safetensors", 3_000_000, bytes(32), b"\x11" * 32, "sha256", None, FileKind.WEIGHTS),),
+    license="apache-2.0",
+    lineage=(Lineage("finetune", "lab/base", Revision(REVISION), bytes.fromhex(INFO_HASH)),),
+    origin=Origin("lab/model", Revision(REVISION)),
+    web_seeds=("https://example.org/",),
+    notes=(("compute", "12 GPU hours"),),
+)
 SHOWN: Map = {
-    **RELEASE,
-    "manifest_hash": "ef" * 32,
+    **SHOWN_ROW,
     "created": 1_700_000_000,
     "license": "apache-2.0",
     "license_file": None,
@@ -85,12 +103,11 @@ SHOWN: Map = {
     "notes": {"compute": "12 GPU hours"},
     "piece_length": 1 << 20,
     "files": [
-        {"path": "a.safetensors", "size": 3_000_000, "root": "00" * 32, "sha256": "11" * 32, "kind": "weights", "etag": ""}
+        {"path": "a.safetensors", "size": 3_000_000, "root": "00" * 32, "sha256": "11" * 32, "kind": "weights", "etag": "11" * 32}
     ],
-    "link": LINK,
-    "path": PATH,
-    "statements": 1,
+    "link": f"{LINK}&ws=https%3A%2F%2Fexample.org%2F",
 }
+"""What `show --json` makes of the two."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +143,8 @@ class FakeDaemon:
     answers: Mapping[str, Answer]
     events: Sequence[Map] = ()
     is_running: bool = True
+    service: FakeDaemon | ModelP2PError | None = None
+    """The machine's service, or how it refuses this user."""
     asked: list[Asked] = field(default_factory=list)
     started_with: str | None = None
     closed: int = 0
@@ -135,6 +154,13 @@ class FakeDaemon:
         if not self.is_running:
             raise DaemonError(f"no daemon is running for {home}", hint="Start one.")
         return FakeClient(self, None)
+
+    def connect_service(self) -> FakeClient:
+        if isinstance(self.service, ModelP2PError):
+            raise self.service
+        if self.service is None:
+            raise DaemonError("no service answers")
+        return FakeClient(self.service, None)
 
     def start(self, home: str, config_toml: str) -> FakeClient:
         self.started_with = config_toml
@@ -168,6 +194,18 @@ class FakeClient:
 def modelp2p(*args: str, daemon: FakeDaemon | None = None, env: Mapping[str, str] | None = None) -> int:
     """The exit code of one command line; what it prints goes to this process's stdout and stderr."""
     return run(args, daemon or FakeDaemon({}), {**os.environ, **(env or {})})
+
+
+def memory(data: bytes) -> int:
+    """A descriptor with `data`, as the daemon sends one; whoever gets the reply closes it."""
+    fd = os.memfd_create("test")
+    os.write(fd, data)
+    return fd
+
+
+def shows(*more: bytes, manifest: Manifest = SHOWN_MANIFEST) -> Callable[[Map, Sequence[int]], FakeReply]:
+    """The `show` of a daemon that sends a manifest, and `more` descriptors after it."""
+    return lambda args, fds: FakeReply(dict(SHOWN_ROW), tuple(memory(data) for data in (encode_manifest(manifest), *more)))
 
 
 def failing(error: ModelP2PError, verb: str = "fetch") -> FakeDaemon:

@@ -17,7 +17,7 @@ from modelp2p.protocol.merkle import leaf_hashes, root_of
 from modelp2p.protocol.names import ModelName, Revision
 from modelp2p.protocol.publisher import decode_chain
 from modelp2p.protocol.statement import payload_info
-from tests.cli.fakes import INFO_HASH, LINK, RELEASE, REVISION, FakeDaemon, FakeReply, modelp2p
+from tests.cli.fakes import INFO_HASH, LINK, RELEASE, REVISION, FakeDaemon, FakeReply, memory, modelp2p
 from tests.releases import bundle_of
 
 if TYPE_CHECKING:
@@ -27,12 +27,6 @@ if TYPE_CHECKING:
 
 PUBLISH_KEYS = ["v", "link", "name", "revision", "info_hash", "manifest", "publisher", "files", "bytes", "seconds"]
 CONTENT = {"config.json": b"{}", "model.safetensors": b"x" * 40_000}
-
-
-def memory(data: bytes) -> int:
-    fd = os.memfd_create("test")
-    os.write(fd, data)
-    return fd
 
 
 def manifest_of(args: Map) -> Manifest:
@@ -71,13 +65,16 @@ class Publishing:
     def __init__(self, alter: Callable[[Manifest], Manifest] = lambda manifest: manifest) -> None:
         self.alter = alter
         self.envelopes: list[bytes] = []
-        self.daemon = FakeDaemon({"publish": self.publish, "publish_commit": self.commit, "show": RELEASE})
+        self.daemon = FakeDaemon({"publish": self.publish, "publish_commit": self.commit, "show": self.show})
 
     def publish(self, args: Map, fds: Sequence[int]) -> FakeReply:
         self.manifest = self.alter(manifest_of(args))
         existing = self.envelopes[-1:]
         fds = tuple(memory(data) for data in (encode_manifest(self.manifest), *existing))
         return FakeReply({"token": "t", "mode": "link", "skipped": [".git"]}, fds)
+
+    def show(self, args: Map, fds: Sequence[int]) -> FakeReply:
+        return FakeReply(dict(RELEASE), (memory(b"manifest"),))
 
     def commit(self, args: Map, fds: Sequence[int]) -> FakeReply:
         envelope, chain = (os.pread(fd, 1 << 20, 0) for fd in fds)
@@ -145,6 +142,7 @@ def test_everything_said_is_in_the_manifest(folder: str) -> None:
     publishing = Publishing()
     flags = f"--license mit --license-file config.json --origin lab/model@{REVISION} --tracker udp://t:1 --no-seed"
     flags += " --note compute=12h --note use=a=b --web-seed https://x/ --base finetune=lab/base --sequence 9"
+    descriptors = len(os.listdir("/proc/self/fd"))
     assert modelp2p("publish", folder, "--as", "lab/model", *flags.split(), daemon=publishing.daemon) == 0
     manifest = decode_manifest(decode_envelope(publishing.envelopes[0]).payload)
     assert (manifest.license, manifest.license_file, manifest.sequence) == ("mit", "config.json", 9)
@@ -152,6 +150,7 @@ def test_everything_said_is_in_the_manifest(folder: str) -> None:
     assert manifest.notes == (("compute", "12h"), ("use", "a=b"))
     assert manifest.lineage == (Lineage("finetune", "lab/model", Revision(REVISION), bytes.fromhex(INFO_HASH)),)
     assert publishing.committed == {"token": "t", "seed": False}
+    assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 def test_a_base_may_be_a_bundle_that_is_checked_here(folder: str, tmp_path: Path) -> None:

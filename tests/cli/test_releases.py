@@ -2,15 +2,31 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import pytest
+
 from modelp2p.cli import status as status_verb
-from tests.cli.fakes import INFO_HASH, LINK, PUBLISHER, RELEASE, REVISION, SHOWN, STATUS, FakeDaemon, FakeReply, modelp2p
+from tests.cli.fakes import (
+    INFO_HASH,
+    LINK,
+    PUBLISHER,
+    RELEASE,
+    REVISION,
+    SHOWN,
+    SHOWN_MANIFEST,
+    SHOWN_ROW,
+    STATUS,
+    FakeDaemon,
+    FakeReply,
+    memory,
+    modelp2p,
+    shows,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
 
     from modelp2p.protocol.codec import Map
 
@@ -75,7 +91,7 @@ def test_watching_prints_one_object_a_line(monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_show_tells_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    daemon = FakeDaemon({"show": SHOWN})
+    daemon = FakeDaemon({"show": shows()})
     assert modelp2p("show", "lab/model", daemon=daemon) == 0
     out = capsys.readouterr().out
     for said in (
@@ -91,15 +107,30 @@ def test_show_tells_everything(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert said in out
     assert modelp2p("show", "lab/model", "-q", daemon=daemon) == 0
-    assert capsys.readouterr().out == f"{LINK}\n"
+    assert capsys.readouterr().out == f"{SHOWN['link']!s}\n"
     assert modelp2p("show", "lab/model", "--json", daemon=daemon) == 0
     assert json.loads(capsys.readouterr().out) == {"v": 1, **SHOWN}
 
 
+def test_show_tells_of_as_many_files_as_a_release_may_have(capsys: pytest.CaptureFixture[str]) -> None:
+    (shard,) = SHOWN_MANIFEST.files
+    files = tuple(replace(shard, path=f"{'d' * 190}/{number:05}", size=1) for number in range(10_000))
+    manifest = replace(SHOWN_MANIFEST, files=files)
+    assert modelp2p("show", "lab/model", "--json", daemon=FakeDaemon({"show": shows(manifest=manifest)})) == 0
+    shown = json.loads(capsys.readouterr().out)["files"]
+    assert [item["path"] for item in shown] == [entry.path for entry in files]
+
+
+def test_a_show_without_a_manifest_is_the_daemons_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert modelp2p("show", "lab/model", daemon=FakeDaemon({"show": SHOWN_ROW})) == 8
+    assert "no manifest" in capsys.readouterr().err
+    garbage = FakeReply(dict(SHOWN_ROW), (memory(b"\xc1"),))
+    assert modelp2p("show", "lab/model", "--json", daemon=FakeDaemon({"show": garbage})) == 4
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "BAD_SIGNATURE"
+
+
 def test_show_writes_the_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fd = os.memfd_create("bundle")
-    os.write(fd, b"statement")
-    daemon = FakeDaemon({"show": FakeReply(dict(SHOWN), (fd,))})
+    daemon = FakeDaemon({"show": shows(b"statement")})
     assert modelp2p("show", "lab/model", "--bundle", str(tmp_path / "x.modelp2p"), daemon=daemon) == 0
     assert daemon.asked[0].args == {"ref": "lab/model", "bundle_out": True}
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"x.modelp2p": b"statement"}
@@ -152,6 +183,22 @@ def test_trust_is_added_for_a_link_or_bundle_and_never_for_a_name(capsys: pytest
     assert modelp2p("trust", "add", "lab/model", "--name", "lab/*", daemon=daemon) == 2
     assert modelp2p("trust", "add", PUBLISHER, "--name", "lab/*", daemon=daemon) == 3
     assert modelp2p("trust", "add", LINK, daemon=daemon) == 2
+
+
+def test_trust_says_whom_to_ask_for_the_statement_and_how_long() -> None:
+    daemon = FakeDaemon({"trust_add": {"publisher": PUBLISHER, "name": "lab/*", "keyids": ["00"]}})
+    add = ("trust", "add", LINK, "--name", "lab/*")
+    assert modelp2p(*add, "--peer", "a:1", "--peer", "[::1]:5", "--timeout", "1.5", daemon=daemon) == 0
+    assert daemon.asked[0].args == {"ref": LINK, "name": "lab/*", "peers": ["a:1", "[::1]:5"], "timeout_s": 2}
+
+
+@pytest.mark.parametrize("verb", [("fetch", LINK), ("trust", "add", LINK, "--name", "lab/*")], ids=["fetch", "trust add"])
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "1e10", "1000000000.5", "soon", ""])
+def test_a_timeout_that_is_none_is_a_usage_error(verb: tuple[str, ...], seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    daemon = FakeDaemon({})
+    assert modelp2p(*verb, f"--timeout={seconds}", daemon=daemon) == 2
+    assert "--timeout" in capsys.readouterr().err
+    assert not daemon.asked
 
 
 def test_trust_list_and_remove(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from modelp2p.daemon.client import SERVICE_SOCKET
 from modelp2p.daemon.config import parse_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -65,6 +66,14 @@ def test_configuration_named_in_the_units_comment_is_one_of_ours() -> None:
     comment = UNIT.read_text(encoding="utf-8")
     assert "configs/seed-node.toml" in comment
     assert not parse_config((CONFIGS / "seed-node.toml").read_text(encoding="utf-8")).network.port_may_move
+
+
+def test_other_users_reach_the_public_socket_of_the_unit() -> None:
+    service = sections()["Service"]
+    assert parse_config((CONFIGS / "seed-node.toml").read_text(encoding="utf-8")).control.public
+    # systemd makes /run/modelp2p and names it in RUNTIME_DIRECTORY.
+    assert f"/run/{service['RuntimeDirectory']}/public.sock" == SERVICE_SOCKET
+    assert service["RuntimeDirectoryMode"] == service["StateDirectoryMode"] == "0755"
 
 
 @pytest.mark.slow

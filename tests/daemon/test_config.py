@@ -13,6 +13,7 @@ from modelp2p.daemon.config import (
     KEYS,
     MAX_CONFIG_BYTES,
     Config,
+    Control,
     Described,
     Discovery,
     Fetch,
@@ -132,6 +133,10 @@ WRONG = {
     "time without end": "[fetch]\ntimeout_s = inf",
     "time that is no number": "[fetch]\ntimeout_s = nan",
     "time as text": "[fetch]\ntimeout_s = '5m'",
+    "user by a fraction": "[control]\nallow_users = [1.5]",
+    "user by a negative number": "[control]\nallow_users = [-1]",
+    "group by a switch": "[control]\nallow_groups = [true]",
+    "user with a space": "[control]\nallow_users = ['a b']",
     "unknown level": "[log]\nlevel = 'loud'",
 }
 
@@ -215,6 +220,7 @@ def test_describe_names_the_origin_of_each_value() -> None:
 SWITCH = st.none() | st.booleans()
 RATE = st.integers(0, 2**63 - 1)
 ADDRESSES = st.lists(st.sampled_from(["node1:1", "10.0.0.1:65535", "[::1]:16881"]), unique=True).map(tuple)
+ACCOUNTS = st.lists(st.sampled_from(["alice", "1001", "DOM.b@c-d"]), unique=True).map(tuple)
 CONFIGURATIONS = st.builds(
     Config,
     network=st.builds(
@@ -233,6 +239,7 @@ CONFIGURATIONS = st.builds(
     policy=st.builds(Policy, allow_code=st.booleans()),
     fetch=st.builds(Fetch, timeout_s=st.floats(min_value=1e-3, max_value=1e9)),
     hashing=st.builds(Hashing, workers=st.integers(0, 1024)),
+    control=st.builds(Control, public=st.booleans(), allow_users=ACCOUNTS, allow_groups=ACCOUNTS),
     log=st.builds(Log, level=st.sampled_from(["debug", "info", "warning", "error"])),
 )
 

@@ -117,6 +117,17 @@ def test_a_link_vouches_for_one_fetch_and_trust_for_a_name(pair: Pair) -> None:
     assert tree_bytes(unnamed) == files
 
 
+def test_trust_gives_up_on_a_link_that_nobody_answers(pair: Pair) -> None:
+    published = pair.seed.publish(pair.site.write(model("unanswered", MIB)), "lab/unanswered")
+    unknown = replace(parse_link(published["link"]), manifest_hash=b"\x11" * 32)
+    before = pair.node.ok("trust", "list")
+    asked = ("trust", "add", str(unknown), "--name", "lab/x", "--peer", pair.seed.address, "--timeout", "1", "--json")
+    done = pair.node.run(*asked, timeout_s=30)
+    assert (done.code, done.json["error"]["kind"]) == (5, "TIMED_OUT"), done
+    assert "within 1 s" in done.json["error"]["message"]
+    assert pair.node.ok("trust", "list") == before
+
+
 def test_other_bytes_under_a_known_name_and_revision_are_refused(pair: Pair) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     ours = pair.seed.publish(pair.site.write(model("real", MIB)), "lab/rival", "--origin", f"lab/rival@{commit}")

@@ -16,6 +16,7 @@ PLACES = {
     "record": layout.record_of(HASH),
     "statement": layout.statement_of(HASH),
     "journal": layout.journal_of(HASH),
+    "job": layout.job_of(HASH),
     "model": layout.model_of(NAME, REVISION),
     "bare model": layout.model_of(ModelName.parse("model"), REVISION),
     "unnamed model": layout.unnamed_model_of(PUBLISHER, NAME, REVISION),
@@ -30,6 +31,7 @@ def test_places_are_the_documented_ones() -> None:
         "record": f"store/{digest}/record",
         "statement": f"manifests/{digest}",
         "journal": f"journal/{digest}",
+        "job": f"jobs/{digest}",
         "model": f"models/org/model/{REVISION}",
         "bare model": f"models/_/model/{REVISION}",
         "unnamed model": f"models/by-publisher/{PUBLISHER}/org/model/{REVISION}",
@@ -45,4 +47,4 @@ def test_no_place_leaves_the_home_or_is_another() -> None:
 
 
 def test_secret_folders_are_private() -> None:
-    assert {"data", "journal", "keys", "run"} <= set(layout.PRIVATE)
+    assert {"data", "journal", "jobs", "keys", "run"} <= set(layout.PRIVATE)

@@ -204,6 +204,52 @@ def test_unknown_critical_says_to_update() -> None:
     assert "Update" in caught.value.hint
 
 
+NOTES = tuple((f"k{number:02}", "v") for number in range(MAX_LIST + 1))
+# (field, value at the limit, one more)
+CAPS: dict[str, tuple[str, object, object]] = {
+    "lineage": ("lineage", rich().lineage * MAX_LIST, rich().lineage * (MAX_LIST + 1)),
+    "web seeds": ("web_seeds", ("https://a/",) * MAX_LIST, ("https://a/",) * (MAX_LIST + 1)),
+    "trackers": ("trackers", ("udp://a:1",) * MAX_LIST, ("udp://a:1",) * (MAX_LIST + 1)),
+    "notes": ("notes", NOTES[:MAX_LIST], NOTES),
+    "licence": ("license", "l" * MAX_TEXT_BYTES, "l" * (MAX_TEXT_BYTES + 1)),
+    "licence in two-byte letters": ("license", "\u00e9" * (MAX_TEXT_BYTES // 2), "\u00e9" * (MAX_TEXT_BYTES // 2) + "l"),
+    "a web seed": ("web_seeds", ("w" * MAX_TEXT_BYTES,), ("w" * (MAX_TEXT_BYTES + 1),)),
+    "a tracker": ("trackers", ("t" * MAX_TEXT_BYTES,), ("t" * (MAX_TEXT_BYTES + 1),)),
+    "a note": ("notes", (("k", "v" * MAX_TEXT_BYTES),), (("k", "v" * (MAX_TEXT_BYTES + 1)),)),
+    "a note's key": ("notes", (("k" * MAX_TEXT_BYTES, "v"),), (("k" * (MAX_TEXT_BYTES + 1), "v"),)),
+}
+
+
+@pytest.mark.parametrize("what", CAPS)
+def test_a_manifest_beyond_a_cap_cannot_exist(what: str) -> None:
+    field, full, over = CAPS[what]
+    manifest = replace(good(), **{field: full})  # type: ignore[arg-type]  # the table pairs each field with its own type
+    assert decode_manifest(encode_manifest(manifest)) == manifest
+    with pytest.raises(FormatError, match=r"more than the limit|longer than"):
+        replace(good(), **{field: over})  # type: ignore[arg-type]  # as above
+
+
+ODD: dict[str, tuple[str, object]] = {
+    "licence with escape": ("license", "MIT\x1b[2J"),
+    "lone surrogate": ("license", "\udcff"),
+    "tracker with newline": ("trackers", ("udp://a\n",)),
+    "web seed with bidi override": ("web_seeds", ("https://\u202ea/",)),
+    "note key with newline": ("notes", (("a\nb", "c"),)),
+    "note with NUL": ("notes", (("a", "\0"),)),
+    # One byte form keeps one of them, in order: the value would not come back.
+    "note key twice": ("notes", (("a", "1"), ("a", "2"))),
+    "notes out of order": ("notes", (("b", "1"), ("a", "2"))),
+    "too many critical": ("critical", ("x",) * (MAX_LIST + 1)),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_a_manifest_that_would_not_decode_cannot_exist(what: str) -> None:
+    field, value = ODD[what]
+    with pytest.raises(FormatError):
+        replace(good(), **{field: value})  # type: ignore[arg-type]  # as above
+
+
 def test_every_list_may_be_full() -> None:
     full = replace(
         good(),

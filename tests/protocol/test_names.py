@@ -23,7 +23,7 @@ from modelp2p.protocol.names import (
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 LONGEST = "a" * 96
 
-LEGAL = ["model", "org/model", "O-r.g_1/m.O-d_2", f"{LONGEST}/{LONGEST}", "0/1", "a-b/c.d"]
+LEGAL = ["model", "org/model", "O-r.g_1/m.O-d_2", f"{LONGEST}/{LONGEST}", "0/1", "a-b/c.d", "by-publisher", "by-publishers/x"]
 
 ILLEGAL = {
     "empty": "",
@@ -40,6 +40,8 @@ ILLEGAL = {
     "leading underscore": "org/_model",
     "the bare organisation spelled out": "_/model",
     "reserved organisation": "by-publisher/model",
+    "reserved organisation, one capital": "By-publisher/model",
+    "reserved organisation in capitals": "BY-PUBLISHER/model",
     "space": "org/a b",
     "newline at the end": "org/model\n",
     "NUL": "org/mod\0el",
