@@ -22,7 +22,7 @@ from modelp2p.cli.progress import progress_of
 from modelp2p.cli.refs import open_user_path, ref_args, typed_ref
 from modelp2p.cli.results import Row
 from modelp2p.cli.units import rate_text, size_text
-from modelp2p.protocol.errors import InterruptedFetchError
+from modelp2p.protocol.errors import DaemonError, InterruptedFetchError
 from modelp2p.protocol.names import NameRef
 from modelp2p.protocol.text import printable
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from modelp2p.protocol.codec import Map
     from modelp2p.protocol.names import Ref
 
+MAX_PLAN_BYTES = 16 << 20
+"""What a dry run may list, beside the control frame: 10,000 paths of 1,024 bytes, with two sizes each."""
 _KEYS = ("path", "name", "revision", "info_hash", "publisher", "state", "bytes", "from_peers", "from_web", "seconds")
 _fetch_options = together(
     click.option("--include", multiple=True, metavar="GLOB", help="Only files that match; may be repeated."),
@@ -75,9 +77,9 @@ def fetch(
     if local_dir is not None and (dry_run or detach):
         raise click.UsageError("--local-dir needs the files: it does not go with --dry-run or --detach")
     args = _args_of(flags) | {"dry_run": dry_run, "detach": detach}
-    result, seconds = _run(app, "fetch", typed_ref(ref, revision), args, [], detach=detach)
+    result, contents, seconds = _run(app, "fetch", typed_ref(ref, revision), args, [], detach=detach)
     if dry_run:
-        _show_plan(app, result)
+        _show_plan(app, result, contents)
         return
     if local_dir is not None:
         tree = result.text("path")
@@ -106,7 +108,7 @@ def adopt(app: App, /, ref: str, path: str, revision: str | None, **flags: Unpac
         if stat.S_ISREG(mode):
             # A descriptor has no name; which file of the release it may be is told by its last component.
             args["file_name"] = os.path.basename(path)
-        result, seconds = _run(app, "adopt", typed_ref(ref, revision), args, [fd])
+        result, _, seconds = _run(app, "adopt", typed_ref(ref, revision), args, [fd])
     finally:
         os.close(fd)
     _show_result(app, result, seconds)
@@ -125,7 +127,8 @@ def _args_of(flags: _Flags) -> Map:
     return args | {key: value for key, value in optional.items() if value is not None}
 
 
-def _run(app: App, verb: str, ref: Ref, args: Map, fds: Sequence[int], *, detach: bool = False) -> tuple[Row, float]:
+def _run(app: App, verb: str, ref: Ref, args: Map, fds: Sequence[int], *, detach: bool = False) -> tuple[Row, list[bytes], float]:
+    """The reply, what its descriptors hold, and the seconds it took."""
     started = time.monotonic()
     by_name = verb == "fetch" and isinstance(ref, NameRef)
     with ref_args(ref) as (ref_map, ref_fds), daemon(app, service=by_name) as client:
@@ -143,10 +146,10 @@ def _run(app: App, verb: str, ref: Ref, args: Map, fds: Sequence[int], *, detach
             ) from exc
         if detach:
             client.detach()
-    result = Row(reply.result)
+    result, contents = Row(reply.result), reply.read_fds(MAX_PLAN_BYTES)
     # The daemon's own time leaves out its start; on the wire it has no fraction.
     milliseconds = result.source.pop("milliseconds", None)
-    return result, milliseconds / 1000 if isinstance(milliseconds, int) else time.monotonic() - started
+    return result, contents, milliseconds / 1000 if isinstance(milliseconds, int) else time.monotonic() - started
 
 
 def _show_result(app: App, result: Row, seconds: float) -> None:
@@ -181,7 +184,12 @@ def _status(result: Row, seconds: float) -> str:
     return f"{state}: {size_text(from_peers)} from peers{web} in {seconds:.1f} s, {rate_text(got / max(seconds, 0.001))}"
 
 
-def _show_plan(app: App, result: Row) -> None:
+def _show_plan(app: App, result: Row, contents: list[bytes]) -> None:
+    from modelp2p.protocol import codec
+
+    if not contents:
+        raise DaemonError("the daemon sent no plan", hint="Client and daemon may differ in version: restart the daemon.")
+    result.source["files"] = codec.take(codec.unpack_map(contents[0], max_bytes=MAX_PLAN_BYTES), "files", list)
     if app.as_json:
         emit_json(result.first("name", "revision", "info_hash", "publisher", "files", "bytes", "needed_bytes", "free_bytes"))
         return

@@ -22,8 +22,8 @@ from modelp2p.daemon.folder import ReleaseFolder
 from modelp2p.daemon.manifest_swarm import fetch_statement
 from modelp2p.daemon.space import free_bytes
 from modelp2p.daemon.transfer import Transfer
+from modelp2p.protocol import codec, layout
 from modelp2p.protocol import engine_wire as wire
-from modelp2p.protocol import layout
 from modelp2p.protocol.errors import ModelP2PError, NotFoundError, PolicyError, UsageError
 from modelp2p.protocol.journal import Selection
 from modelp2p.protocol.kinds import kind_of
@@ -156,8 +156,6 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
     release = resolved.release
     allow_code = request.allow_code or node.config.policy.allow_code
     wanted = select(release, request, allow_code=allow_code)
-    if request.dry_run:
-        return await _plan(node, resolved, wanted)
     shared = node.of(release.info_hash)
     link_peers = node.usable_peers(resolved.link.peers) if resolved.link else ()
     shared.peers = tuple(dict.fromkeys((*shared.peers, *request.peers, *link_peers)))
@@ -203,9 +201,17 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
     return result | ({"adopted": adopted} if source is not None else {})
 
 
-async def _plan(node: Node, resolved: Resolved, wanted: tuple[str, ...]) -> Map:
-    """What a fetch would do; writes nothing, so a release that was never begun gets no folder."""
+async def plan(node: Node, request: FetchRequest, emit: Emit) -> tuple[Map, bytes]:
+    """What a fetch would do, and its files as a msgpack map of their own: 10,000 do not fit a control frame.
+
+    Writes nothing, so a release that was never begun gets no folder.
+
+    Raises:
+        ModelP2PError: as the fetch would.
+    """
+    resolved = await resolve(node, request.target, request, emit)
     release = resolved.release
+    wanted = select(release, request, allow_code=request.allow_code or node.config.policy.allow_code)
     have = dict.fromkeys(wanted, 0)
     if node.store.path(layout.journal_of(release.info_hash)).exists():
         # Under the lock: a journal is opened by one task at a time.
@@ -217,17 +223,17 @@ async def _plan(node: Node, resolved: Resolved, wanted: tuple[str, ...]) -> Map:
                 folder.close()
     sizes = {path: release.manifest.file(path).size for path in wanted}
     files: list[Value] = [{"path": path, "size": sizes[path], "have": have[path]} for path in wanted]
-    return {
+    told: Map = {
         "name": str(release.manifest.name),
         "revision": release.manifest.revision,
         "info_hash": release.info_hash.hex(),
         "publisher": release.publisher_id,
         "name_verified": resolved.is_named,
-        "files": files,
         "bytes": sum(sizes.values()),
         "needed_bytes": sum(sizes.values()) - sum(have.values()),
         "free_bytes": free_bytes(node.store.fd),
     }
+    return told, codec.pack({"files": files})
 
 
 class _Work:

@@ -16,7 +16,7 @@ from modelp2p.daemon.checking import verify_release
 from modelp2p.daemon.cleaning import collect_garbage, remove_release
 from modelp2p.daemon.config import config_to_toml
 from modelp2p.daemon.control import Answer, Call
-from modelp2p.daemon.fetch import fetch, resolve, select, statement_of, verify
+from modelp2p.daemon.fetch import fetch, plan, resolve, select, statement_of, verify
 from modelp2p.daemon.jobs import Jobs, job_of
 from modelp2p.daemon.requests import FetchRequest, Target, flag, peers, rate, text, texts, timeout_s
 from modelp2p.daemon.sealed import read_sealed, sealed
@@ -91,7 +91,10 @@ class Service:
 
     async def _fetch(self, call: Call) -> Answer:
         request = FetchRequest.decode(call.args, self._target(call), self._node.config.fetch.timeout_s)
-        if request.dry_run or not request.detach:
+        if request.dry_run:
+            told, files = await plan(self._node, request, call.emit)
+            return Answer(told, (sealed("plan", files),))
+        if not request.detach:
             return Answer(await fetch(self._node, self._own(request), call.emit))
         # Everything that can be refused is refused while somebody listens.
         resolved = await resolve(self._node, request.target, request, call.emit)

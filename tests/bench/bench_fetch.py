@@ -22,7 +22,7 @@ from modelp2p.protocol.statement import decode_bundle, verify_statement
 from tests.bench.machine import parse_size, report
 from tests.nodes import Node
 
-STOCK_S = 20.0
+STOCK_S = 10.0
 """Stock settings would take minutes for a GiB; their rate is taken over this long."""
 
 
@@ -87,7 +87,7 @@ def main() -> None:
             source = work / "source"
             source.mkdir()
             (source / release.manifest.revision).symlink_to(work / "model")
-            ours, theirs = [], []
+            ours, theirs, stock = [], [], []
             for run in range(given.runs):
                 with Node(work / f"b{run}") as node:
                     node.start()
@@ -96,17 +96,21 @@ def main() -> None:
                 shutil.rmtree(work / f"b{run}")
                 theirs.append(plain_seconds(torrent, source, work, "tuned", 600)[0])
                 print(f"run {run}: ours {ours[-1]:.2f} s, plain {theirs[-1]:.2f} s", file=sys.stderr, flush=True)
+                if not given.no_stock:
+                    seconds, size = plain_seconds(torrent, source, work, "stock", STOCK_S)
+                    stock.append(size / seconds)
             figures: dict[str, object] = {
                 "size_bytes": given.size,
                 "ours_s": ours,
                 "plain_tuned_s": theirs,
                 "ratio_to_plain": round(statistics.median(ours) / statistics.median(theirs), 3),
             }
-            if not given.no_stock:
-                seconds, size = plain_seconds(torrent, source, work, "stock", STOCK_S)
-                figures["plain_stock_bytes_per_s"] = int(size / seconds)
-                rate = given.size / statistics.median(ours)
-                figures["times_faster_than_stock"] = round(rate / max(1, size / seconds), 1)
+            if stock:
+                slow = max(1.0, statistics.median(stock))
+                figures["plain_stock_bytes_per_s"] = [int(rate) for rate in stock]
+                figures["times_faster_than_stock"] = round(given.size / statistics.median(ours) / slow, 1)
+                # What no proof and no daemon could reach: on few cores this, not the settings, is the limit.
+                figures["plain_tuned_times_faster_than_stock"] = round(given.size / statistics.median(theirs) / slow, 1)
     report("fetch", figures)
 
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from modelp2p.cli.main import run
+from modelp2p.protocol import codec
 from modelp2p.protocol.errors import DaemonError, FormatError, ModelP2PError
 from modelp2p.protocol.kinds import FileKind
 from modelp2p.protocol.manifest import FileEntry, Lineage, Manifest, Origin, encode_manifest
 from modelp2p.protocol.names import ModelName, Revision
 
 if TYPE_CHECKING:
-    from modelp2p.protocol.codec import Map
+    from modelp2p.protocol.codec import Map, Value
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 INFO_HASH = "ab" * 32
@@ -50,13 +51,16 @@ FETCHED: Map = {
     "reused": 0,
     "milliseconds": 1500,
 }
+PLANNED_FILES: list[Value] = [
+    {"path": "a.safetensors", "size": 10, "have": 10},
+    {"path": "b.safetensors", "size": 20, "have": 0},
+]
 PLAN: Map = {
     "name": "lab/model",
     "revision": REVISION,
     "info_hash": INFO_HASH,
     "publisher": PUBLISHER,
     "name_verified": True,
-    "files": [{"path": "a.safetensors", "size": 10, "have": 10}, {"path": "b.safetensors", "size": 20, "have": 0}],
     "bytes": 30,
     "needed_bytes": 20,
     "free_bytes": 1000,
@@ -206,6 +210,11 @@ def memory(data: bytes) -> int:
 def shows(*more: bytes, manifest: Manifest = SHOWN_MANIFEST) -> Callable[[Map, Sequence[int]], FakeReply]:
     """The `show` of a daemon that sends a manifest, and `more` descriptors after it."""
     return lambda args, fds: FakeReply(dict(SHOWN_ROW), tuple(memory(data) for data in (encode_manifest(manifest), *more)))
+
+
+def plans() -> FakeDaemon:
+    """A daemon that answers a dry run."""
+    return FakeDaemon({"fetch": lambda args, fds: FakeReply(dict(PLAN), (memory(codec.pack({"files": PLANNED_FILES})),))})
 
 
 def failing(error: ModelP2PError, verb: str = "fetch") -> FakeDaemon:

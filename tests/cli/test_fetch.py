@@ -12,7 +12,7 @@ import pytest
 
 from modelp2p.cli.progress import Progress, Situation
 from modelp2p.protocol.errors import PolicyError
-from tests.cli.fakes import FETCHED, LINK, PATH, PLAN, PUBLISHER, REVISION, FakeDaemon, modelp2p
+from tests.cli.fakes import FETCHED, LINK, PATH, PLAN, PLANNED_FILES, PUBLISHER, REVISION, FakeDaemon, modelp2p, plans
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -145,14 +145,18 @@ def test_detach_leaves_an_on_demand_daemon_alone(capsys: pytest.CaptureFixture[s
 
 
 def test_dry_run_shows_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert modelp2p("fetch", LINK, "--dry-run", daemon=FakeDaemon({"fetch": PLAN})) == 0
+    assert modelp2p("fetch", LINK, "--dry-run", daemon=plans()) == 0
     output = capsys.readouterr()
     assert output.out.splitlines()[:3] == ["FILE           SIZE  HERE", "a.safetensors  10 B  10 B", "b.safetensors  20 B   0 B"]
     assert "nothing was fetched" in output.err
-    assert modelp2p("fetch", LINK, "--dry-run", "-q", daemon=FakeDaemon({"fetch": PLAN})) == 0
+    assert modelp2p("fetch", LINK, "--dry-run", "-q", daemon=plans()) == 0
     assert capsys.readouterr().out == "b.safetensors\n"
-    assert modelp2p("fetch", LINK, "--dry-run", "--json", daemon=FakeDaemon({"fetch": PLAN})) == 0
-    assert json.loads(capsys.readouterr().out) == {"v": 1, **PLAN}
+    assert modelp2p("fetch", LINK, "--dry-run", "--json", daemon=plans()) == 0
+    assert json.loads(capsys.readouterr().out) == {"v": 1, **PLAN, "files": PLANNED_FILES}
+
+
+def test_dry_run_of_a_daemon_that_sends_no_plan_is_exit_8() -> None:
+    assert modelp2p("fetch", LINK, "--dry-run", daemon=FakeDaemon({"fetch": PLAN})) == 8
 
 
 def test_adopt_sends_the_folder_or_the_file_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
