@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias, assert_never, cast
 
 from modelp2p.protocol import codec
-from modelp2p.protocol.errors import DaemonError, Fact, FormatError, ModelP2PError, error_of
+from modelp2p.protocol.errors import Fact, FormatError, ModelP2PError, error_of
 from modelp2p.protocol.framing import encode_frame
+from modelp2p.protocol.hello import Hello as Hello
+from modelp2p.protocol.hello import check_versions
 
 if TYPE_CHECKING:
     from modelp2p.protocol.codec import Map
@@ -27,15 +29,6 @@ REQUEST_TIMEOUT_S = 10
 V_MIN = 1
 V_MAX = 1
 _MAX_ID = 2**53
-
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """First message of each side: the versions it speaks, and its build for humans."""
-
-    v_min: int
-    v_max: int
-    build: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +141,5 @@ def check_hello(hello: Message) -> Hello:
     Raises:
         DaemonError: it is no greeting, or speaks only versions this build does not.
     """
-    if not isinstance(hello, Hello):
-        raise DaemonError("the other side of the control socket does not speak this protocol")
-    if hello.v_max < V_MIN or hello.v_min > V_MAX:
-        raise DaemonError(
-            f"client and daemon have no protocol version in common ({hello.build} speaks {hello.v_min} to {hello.v_max}, "
-            f"this build {V_MIN} to {V_MAX})",
-            hint="Install the same release of modelp2p on both sides and restart the daemon.",
-        )
-    return hello
+    hint = "Install the same release of modelp2p on both sides and restart the daemon."
+    return check_versions(hello, V_MIN, V_MAX, sides="client and daemon", hint=hint)

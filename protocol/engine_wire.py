@@ -22,8 +22,10 @@ from typing import TypeAlias, cast, get_args
 from modelp2p.protocol import codec
 from modelp2p.protocol.bitmap import pack_bits as pack_bits
 from modelp2p.protocol.bitmap import unpack_bits as unpack_bits
-from modelp2p.protocol.errors import DaemonError, FormatError
+from modelp2p.protocol.errors import FormatError
 from modelp2p.protocol.framing import encode_frame
+from modelp2p.protocol.hello import Hello as Hello
+from modelp2p.protocol.hello import check_versions
 from modelp2p.protocol.merkle import HASH_BYTES
 from modelp2p.protocol.shapes import from_value, to_value
 
@@ -42,15 +44,6 @@ class _Checked:
         digest = getattr(self, "info_hash", None)
         if digest is not None and len(digest) != HASH_BYTES:
             raise FormatError(f"an info-hash has {HASH_BYTES} bytes, not {len(digest)}")
-
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """First message of each side: the versions it speaks, and its build for humans."""
-
-    v_min: int
-    v_max: int
-    build: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,12 +402,5 @@ def check_hello(message: Message) -> Hello:
     Raises:
         DaemonError: it is no greeting, or speaks only versions this build does not.
     """
-    if not isinstance(message, Hello):
-        raise DaemonError("the engine process does not speak this protocol")
-    if message.v_max < V_MIN or message.v_min > V_MAX:
-        raise DaemonError(
-            f"daemon and engine have no protocol version in common ({message.build} speaks {message.v_min} to {message.v_max}, "
-            f"this build {V_MIN} to {V_MAX})",
-            hint="modelp2p was updated while it ran: restart the daemon.",
-        )
-    return message
+    hint = "modelp2p was updated while it ran: restart the daemon."
+    return check_versions(message, V_MIN, V_MAX, sides="daemon and engine", hint=hint)
