@@ -62,6 +62,8 @@ class Call:
     """Queue a progress event; a slow client misses events, never the result."""
     session: dict[str, object] = field(default_factory=dict)
     """State of this connection (what `publish` prepared, for its `publish_commit`)."""
+    send: Callable[[Map], Awaitable[None]] = field(kw_only=True)
+    """Send an event and wait while the client is behind. Those not yet on their way when the handler returns are lost."""
 
 
 Handler = Callable[[Call], Awaitable[Answer]]
@@ -179,7 +181,7 @@ class ControlServer:
                 nursery.start_soon(session.send_events, request.id, queued)
                 try:
                     self._gate.check_request(request.verb, request.args)
-                    answer = await self._handler(Call(request.verb, request.args, fds, emit, session.state))
+                    answer = await self._handler(Call(request.verb, request.args, fds, emit, session.state, send=events.send))
                     reply: Message = Result(request.id, answer.result, len(answer.fds))
                 except ModelP2PError as exc:
                     reply = Failure.of(request.id, exc)

@@ -22,6 +22,7 @@ from modelp2p.daemon.folder import ReleaseFolder
 from modelp2p.daemon.manifest_swarm import fetch_statement
 from modelp2p.daemon.space import free_bytes
 from modelp2p.daemon.transfer import Transfer
+from modelp2p.daemon.watching import turn
 from modelp2p.protocol import codec, layout
 from modelp2p.protocol import engine_wire as wire
 from modelp2p.protocol.errors import ModelP2PError, NotFoundError, PolicyError, UsageError
@@ -161,7 +162,7 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
     shared.peers = tuple(dict.fromkeys((*shared.peers, *request.peers, *link_peers)))
     if shared.lock.locked():
         emit({"phase": "waiting", "note": "another command works on this release"})
-    async with shared.lock:
+    async with turn(shared):
         if not node.library.about(release.info_hash):
             raise NotFoundError(f"{release.ref} was removed while this command waited", hint="Run it again to fetch it anew.")
         was_seeding = shared.is_seeding
@@ -324,6 +325,7 @@ class _Work:
             )  # fmt: skip
 
     def _progress(self) -> None:
+        self.shared.watch.ring()
         transfer = self.shared.transfer
         now = trio.current_time()
         if transfer is None or now - self._told < EVENT_S:

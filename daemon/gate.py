@@ -1,7 +1,7 @@
 """Who may come in by a control socket, and what they may ask there: pure decisions over a peer's credentials and a request.
 
 Two gates: the owner's socket takes this user and root and refuses them nothing; the public one takes other users of the
-machine and lets them look, and fetch what the site already trusts.
+machine and lets them look, and fetch or stream what the site already trusts.
 
 Invariants of the public gate:
 - nobody changes anything through it but by fetching a name whose publisher the node trusts for that name;
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from modelp2p.protocol.codec import Map
 
 ROOT_UID = 0
-PUBLIC_VERBS = frozenset({"fetch", "ls", "resolve", "show", "status"})
+# A stream of others: only `stream_open` names a release, what follows belongs to the connection or to a secret it was given.
+STREAM_VERBS = frozenset({"stream_file", "stream_follow", "stream_open", "stream_want"})
+PUBLIC_VERBS = frozenset({"fetch", "ls", "resolve", "show", "status"}) | STREAM_VERBS
 # What the command line sends although nobody asked for it (an empty list, false, 0) is no wish.
 _OWNERS_WISHES = ("bundle", "peers", "allow_code", "detach", "max_up", "max_down")
 
@@ -106,8 +108,13 @@ class PublicGate:
     def check_request(self, verb: str, args: Map) -> None:
         if verb not in PUBLIC_VERBS:
             raise self._denied(f"'{verb[:60]}' is for the owner of this daemon, {self.owner}")
-        if verb == "fetch":
-            self._check_fetch(args)
+        match verb:
+            case "fetch":
+                self._check_fetch(args)
+            case "stream_open":
+                self._check_stream(args)
+            case _:
+                pass
 
     def _check_fetch(self, args: Map) -> None:
         for wish in _OWNERS_WISHES:
@@ -120,6 +127,14 @@ class PublicGate:
             raise DeniedError(
                 f"this service waits at most {self.timeout_s:g} s for a byte, not {timeout}", hint="Leave the timeout out."
             )
+        self._check_name(args)
+
+    def _check_stream(self, args: Map) -> None:
+        if args.get("publisher") is not None:
+            raise self._denied(f"a publisher whom the node need not trust is for the owner of this daemon to name, {self.owner}")
+        self._check_name(args)
+
+    def _check_name(self, args: Map) -> None:
         ref = args.get("ref")
         if isinstance(ref, str) and not isinstance(parse_ref(ref), NameRef):
             raise DeniedError(

@@ -169,6 +169,7 @@ class Jobs:
             del self._running[job.id]
             shared.jobs -= 1
             shared.waits_for = ""
+            shared.watch.ring()
             running.ended.set()
         if not self._running:
             self._on_idle()
@@ -193,6 +194,7 @@ class Jobs:
                 failures += 1
                 shared.error = ""
                 shared.waits_for = f"no space: {exc.message}" if isinstance(exc, NoSpaceError) else exc.message
+                shared.watch.ring()
                 log.warning("a detached fetch of %s tries again in %d s: %s", job.info_hash.hex()[:16], delay, exc.message)
             running.wake = trio.Event()
             with trio.move_on_after(delay):

@@ -139,6 +139,13 @@ class Library:
             )
         return _newest(ref, trusted)
 
+    def by_publisher(self, ref: NameRef, publisher: PublisherId) -> Entry:
+        """The current release of a name by this publisher, whoever is trusted for it."""
+        found = [e for e in self._named(ref) if e.publisher == publisher]
+        if not found:
+            raise NotFoundError(f"{ref} by {publisher} is not known here", hint="'modelp2p ls' shows what is.")
+        return _newest(ref, found)
+
     def any_by_name(self, ref: NameRef, book: TrustBook) -> Entry:
         """Like `by_name`, for looking after what is here: where nobody is trusted for the name, any publisher will do."""
         found = self._named(ref)

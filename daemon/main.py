@@ -32,7 +32,6 @@ from modelp2p.daemon.library import Library
 from modelp2p.daemon.lock import HomeLock, this_daemon
 from modelp2p.daemon.node import Node
 from modelp2p.daemon.notify import Notifier
-from modelp2p.daemon.publish_verbs import abandon
 from modelp2p.daemon.requests import Target
 from modelp2p.daemon.service import Service, entry_of
 from modelp2p.daemon.store import Store
@@ -132,7 +131,7 @@ async def _serve(node: Node, nursery: trio.Nursery, address: Path, given: Surrou
         await inner.start(node.run)
         service = Service(node, inner, on_demand=given.on_demand, stop=stop.set)
         server = ControlServer(address, service.handle, OwnerGate(os.getuid()))
-        server.on_close = lambda state: abandon(node, state)
+        server.on_close = service.forget
         if given.on_demand:
             server.on_idle = lambda: None if service.is_busy else stop.set()
             service.on_idle = lambda: None if server.clients else stop.set()
@@ -162,6 +161,7 @@ async def _serve_public(node: Node, nursery: trio.Nursery, service: Service, fol
     open a home to others because the service's does.
     """
     server = ControlServer(folder / layout.PUBLIC_SOCKET, service.handle, public_gate(node.config))
+    server.on_close = service.forget
     await nursery.start(server.serve)
     # For those who name the home instead of the service.
     await trio.to_thread.run_sync(atomic_symlink, server.path, node.store.path(layout.PUBLIC_SOCKET))

@@ -19,6 +19,7 @@ import trio
 
 from modelp2p.daemon.folder import ReleaseFolder
 from modelp2p.daemon.transfer import Traffic, Transfer
+from modelp2p.daemon.watching import Watch
 from modelp2p.protocol import engine_wire as wire
 from modelp2p.protocol import layout
 from modelp2p.protocol.errors import ModelP2PError
@@ -59,6 +60,7 @@ class Shared:
     waits_for: str = ""
     """Why the last of them to fail waits; empty while it is tried."""
     transfer: Transfer | None = None
+    watch: Watch = field(default_factory=Watch)
     traffic: Traffic = field(default_factory=Traffic)
     status: wire.TorrentStatus | None = None
     max_up: int = 0

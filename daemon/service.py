@@ -17,6 +17,7 @@ from modelp2p.daemon.cleaning import collect_garbage, remove_release
 from modelp2p.daemon.config import config_to_toml
 from modelp2p.daemon.control import Answer, Call
 from modelp2p.daemon.fetch import fetch, plan, resolve, select, statement_of, verify
+from modelp2p.daemon.following import Streams
 from modelp2p.daemon.jobs import Jobs, job_of
 from modelp2p.daemon.requests import FetchRequest, Target, flag, peers, rate, text, texts, timeout_s
 from modelp2p.daemon.sealed import read_sealed, sealed
@@ -44,6 +45,7 @@ class Service:
         self._stop = stop
         self._started = trio.current_time()
         self._jobs = Jobs(node, nursery, lambda: self.on_idle())
+        self._streams = Streams(node, nursery)
         self.on_idle: Callable[[], None] = lambda: None
         """Called when the last job without a client has ended."""
         self._verbs: dict[str, Callable[[Call], Awaitable[Answer]]] = {
@@ -61,6 +63,10 @@ class Service:
             "show": self._show,
             "status": self._status,
             "stop": self._stop_verb,
+            "stream_file": self._streams.file,
+            "stream_follow": self._streams.follow,
+            "stream_open": self._streams.open,
+            "stream_want": self._streams.want,
             "trust_add": self._trust_add,
             "trust_list": self._trust_list,
             "trust_remove": self._trust_remove,
@@ -75,6 +81,11 @@ class Service:
     def take_up_jobs(self) -> None:
         """Go on with the detached fetches that an earlier daemon accepted."""
         self._jobs.take_up()
+
+    def forget(self, session: dict[str, object]) -> None:
+        """A connection has ended; this is the state it had."""
+        publish_verbs.abandon(self._node, session)
+        self._streams.end(session)
 
     async def handle(self, call: Call) -> Answer:
         """Serve one call.

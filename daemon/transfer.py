@@ -85,6 +85,8 @@ class Transfer:
     status: wire.TorrentStatus | None = None
     reread: int = 0
     """Pieces that were looked at before their bytes were in the file."""
+    lives: int = 0
+    """How often the torrent was added to the swarm: each time anew, with ordinary priorities."""
     _machine: FetchMachine = field(init=False)
     _send: trio.MemorySendChannel[step.Event] = field(init=False)
     _receive: trio.MemoryReceiveChannel[step.Event] = field(init=False)
@@ -235,6 +237,7 @@ class Transfer:
     async def _add(self) -> None:
         self._is_in_swarm = True
         await self.swarm.add(self.make_spec())
+        self.lives += 1
 
     @property
     def _pieces_at_once(self) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 
 RUN_BYTES = 8 << 20
 """About what one task hashes: a few milliseconds, so that the slowest thread at the end costs no more than that."""
@@ -32,29 +32,62 @@ class Workers:
         When one fails, the rest is not started, the ones at work are waited for (they use the caller's buffers), and the
         error of the earliest failed run is raised.
         """
+        self.start(task, runs).wait(on_done)
+
+    def start(self, task: Callable[[range], None], runs: Iterable[range]) -> Job:
+        """As `run`, to be waited for later; what was started before is done first."""
         if self.count == 1:
-            for run in runs:
-                task(run)
-                on_done(run)
-            return
+            return Job(task, runs, None)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="modelp2p-loader")
-        futures: list[tuple[range, Future[None]]] = [(run, self._pool.submit(task, run)) for run in runs]
-        try:
-            for run, future in futures:
-                future.result()
-                on_done(run)
-        finally:
-            # All are done already unless something failed, or the user pressed Ctrl-C.
-            for _, future in futures:
-                future.cancel()
-            wait([future for _, future in futures])
+        return Job(task, runs, self._pool)
 
     def close(self) -> None:
         """End the threads. Idempotent."""
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown()
+
+
+class Job:
+    """Runs under way. Whoever started it either waits for its end or abandons it: its tasks use the caller's buffers."""
+
+    def __init__(self, task: Callable[[range], None], runs: Iterable[range], pool: Executor | None) -> None:
+        self._task = task
+        # One worker is the caller itself, when it waits.
+        self._left = [] if pool is not None else list(runs)
+        self._futures = [] if pool is None else [(run, pool.submit(task, run)) for run in runs]
+
+    def is_done(self) -> bool:
+        """Whether `wait` would not block."""
+        return not self._left and all(future.done() for _, future in self._futures)
+
+    def wait(self, on_done: Callable[[range], None] | None = None) -> None:
+        """Return when all runs are done; `on_done` for each, in order. Raises the error of the earliest failed one."""
+        left, self._left = self._left, []
+        try:
+            for run in left:
+                self._task(run)
+                if on_done is not None:
+                    on_done(run)
+            for run, future in self._futures:
+                future.result()
+                if on_done is not None:
+                    on_done(run)
+        finally:
+            # All are done already unless something failed, or the user pressed Ctrl-C.
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Start nothing more and return when nothing is at work. Idempotent; raises nothing."""
+        self._left = []
+        for _, future in self._futures:
+            future.cancel()
+        wait([future for _, future in self._futures])
+
+    def finish(self) -> None:
+        """Return when all runs have ended, well or not; `wait` says which."""
+        wait([future for _, future in self._futures])
 
 
 def pieces_per_run(piece_length: int) -> int:

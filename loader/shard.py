@@ -16,6 +16,7 @@ from modelp2p.protocol.safetensors import Header, header_bytes, parse_header
 
 if TYPE_CHECKING:
     from modelp2p.loader.pieces import PieceTable
+    from modelp2p.loader.readers import Reader
     from modelp2p.loader.source import SourceFile
     from modelp2p.protocol.record import FileRecord
 
@@ -41,6 +42,8 @@ class Way:
 
     is_view: bool
     is_hashed: bool
+    is_own: bool = False
+    """The store's own inode."""
 
 
 def standing_of(recorded: FileRecord | None, source: SourceFile) -> Standing:
@@ -66,7 +69,7 @@ def way_of(standing: Standing, *, verify: str, mapping: str, is_host: bool, path
     match verify:
         case "off":
             is_hashed = False
-        case "cpu":
+        case "cpu" | "gpu":
             is_hashed = True
         case "record":
             if not standing.is_proven:
@@ -75,7 +78,7 @@ def way_of(standing: Standing, *, verify: str, mapping: str, is_host: bool, path
             is_hashed = False
         case _:
             is_hashed = not standing.is_proven or standing.is_borrowed or not is_host
-    return Way(is_view, is_hashed)
+    return Way(is_view, is_hashed, standing.is_own)
 
 
 @dataclass(slots=True)
@@ -91,6 +94,20 @@ class Shard:
     checked: Ranges = field(default_factory=Ranges)
     """Pieces of the mapping that were proven since it was made."""
     mapped: memoryview | None = None
+    reader: Reader | None = None
+    """What copies of it are read with, once one was."""
+
+    def close(self) -> None:
+        """Give descriptors and mappings back; views that were handed out keep theirs. Idempotent."""
+        self.mapped = None
+        self.close_reader()
+        self.source.close()
+
+    def close_reader(self) -> None:
+        """The next copy chooses its reader anew. Nobody may be reading."""
+        reader, self.reader = self.reader, None
+        if reader is not None:
+            reader.close()
 
 
 def open_shard(source: SourceFile, table: PieceTable, decide: Callable[[SourceFile], Way], max_header_bytes: int) -> Shard:

@@ -90,6 +90,34 @@ class SourceFile:
             if (now.st_size, now.st_mtime_ns) != (self.stat.st_size, self.stat.st_mtime_ns):
                 raise self._changed("was written to")
 
+    def check_size(self) -> None:
+        """Return if the file still has all its bytes; a mapping of one that has not dies of SIGBUS.
+
+        Raises:
+            IntegrityError: it was truncated.
+        """
+        size = os.fstat(self._fd).st_size
+        if size < self.entry.size:
+            raise self._wrong_size(size)
+
+    def open_direct(self) -> int:
+        """A new descriptor of the same inode that reads past the page cache. The caller closes it.
+
+        Raises:
+            OSError: the file system, or the lack of /proc, does not allow it.
+        """
+        return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+
+    def reopen(self) -> None:
+        """Go on with what lies at the path now, as after a repair, which replaces the inode. Nobody may be reading.
+
+        Raises:
+            NotFoundError, IntegrityError: it is no file of that size any more.
+        """
+        fresh = SourceFile(self.path, self.entry, self._hint)
+        os.close(self._fd)
+        self._fd, self.stat, fresh._fd = fresh._fd, fresh.stat, -1
+
     def close(self) -> None:
         """Give the descriptor back; mappings live on. Idempotent."""
         fd, self._fd = self._fd, -1
