@@ -219,6 +219,9 @@ class FetchMachine:
                         candidate.is_flushing = False
                         candidate.look_at = now
             case EngineLost():
+                if self._is_held:
+                    # It may have been told to the new one already; what comes twice does no harm.
+                    effects.append(Hold(False))
                 self._forget_engine()
             case DiskFailed(error):
                 return self._fail(error)

@@ -120,6 +120,9 @@ def copy_alert(alert: lt.alert) -> Copied | None:
             return PeerBanned(_hash_of(alert), join_address(*alert.endpoint))
         case lt.file_error_alert():
             return FileFailed(_hash_of(alert), alert.filename(), _message(alert.error), alert.error.value() in _NO_SPACE)
+        case lt.fastresume_rejected_alert():
+            # A file is missing or short that the spec called complete; libtorrent would wait, paused, and say no more.
+            return FileFailed(_hash_of(alert), "", printable(alert.message()), False)
         case lt.torrent_error_alert():
             return FileFailed(_hash_of(alert), "", printable(alert.message()), False)
         case lt.listen_succeeded_alert():

@@ -241,8 +241,13 @@ class Session:
     def _added(self, reply: TorrentAdded) -> Iterator[Event]:
         torrent = self._torrents.get(reply.info_hash)
         if torrent is None:
+            return
+        if torrent.farewell is not None:
             # Removed before libtorrent had taken it.
-            if not reply.error:
+            if reply.error:
+                yield from self._gone(reply.info_hash)
+            else:
+                torrent.handle = reply.handle
                 self._lt.remove_torrent(reply.handle)
             return
         if reply.error:
@@ -283,7 +288,9 @@ class Session:
         elif torrent.handle is not None:
             self._perform(info_hash, torrent, torrent.handle, command)
         elif isinstance(command, Remove):
-            del self._torrents[info_hash]
+            # libtorrent is taking it: were it forgotten here, its answer would be taken for that to a later add.
+            torrent.farewell = Removed(info_hash, 0, 0, 0, 0)
+            torrent.waiting.clear()
         else:
             torrent.waiting.append(command)
 
@@ -331,8 +338,10 @@ class Session:
 
     def _metadata(self, info_hash: bytes) -> Iterator[Event]:
         torrent = self._torrents.get(info_hash)
-        info = torrent.handle.torrent_file() if torrent and torrent.handle else None
-        if torrent is None or info is None:
+        if torrent is None or torrent.handle is None or torrent.farewell is not None:
+            return
+        info = torrent.handle.torrent_file()
+        if info is None:
             return
         try:
             files = layout.laid_files(info.layout())

@@ -181,6 +181,22 @@ async def test_a_removed_torrent_keeps_its_files_and_comes_back_as_told(seed: No
     assert again == set(shared.pieces.pieces_of(lost))
 
 
+async def test_a_torrent_removed_before_it_was_taken_leaves_no_trace(seed: Node, node: Node, shared: Shared) -> None:
+    """Commands faster than answers: what counts is the last one, and nothing is refused for what came before."""
+    for _ in range(3):
+        await node.swarm.add(shared.spec(node.folder, have=True))
+        await node.swarm.remove(shared.info_hash)
+    await node.swarm.add(shared.spec(node.folder, have=False, peers=(await seed.peer(),)))
+    await node.wait_for(TransferFinished)
+    await node.wait_files(CONTENTS)
+    assert not node.heard(AddFailed)
+    await node.swarm.remove(shared.info_hash)
+    await node.swarm.add(shared.spec(node.folder, have=True))
+    await node.swarm.remove(shared.info_hash)
+    await trio.sleep(SETTLE_S)
+    assert not node.heard(AddFailed)
+
+
 async def test_a_held_torrent_stands_nearly_still(seed: Node, node: Node, shared: Shared) -> None:
     await node.swarm.add(shared.spec(node.folder, have=False))
     await node.swarm.throttle(shared.info_hash, True)

@@ -268,7 +268,8 @@ def test_held_engine_that_dies_comes_back_free_and_is_held_again_when_needed() -
     count = m.HIGH_MARK_BYTES // PIECE
     fetch = machine({"a": 40 * PIECE}, piece=PIECE)
     assert Hold(True) in feed(fetch, (1, Received(tuple(range(count)))))
-    assert Hold(False) not in feed(fetch, (2, EngineLost()))
+    # Said again: between the restart and this event the new engine may have been told to hold.
+    assert Hold(False) in feed(fetch, (2, EngineLost()))
     assert Hold(True) in feed(fetch, (3, Received(tuple(range(count)))))
 
 
