@@ -137,6 +137,7 @@ def _replace_by_copy(node: Node, folder: ReleaseFolder, path: str) -> bool:
     release = folder.release
     tree = f"{layout.tree_of(release.info_hash, release.manifest.revision)}/{path}"
     fd = _open_first(node, [f"{layout.data_of(release.info_hash)}/{path}", tree])
+    is_borrowed = path in folder.state.files and folder.state.files[path].borrowed
     folder.lose(pieces_of(release, (path,)), (path,))
     if fd is None:
         folder.disown(path)
@@ -145,7 +146,11 @@ def _replace_by_copy(node: Node, folder: ReleaseFolder, path: str) -> bool:
         take_in(folder, path, fd)
     except StoreError as exc:
         log.error("the good pieces of '%s' cannot be copied: %s", path, exc.message)
-        folder.hide(path)
+        if is_borrowed:
+            # Never to be written to, not even if its owner has given up its other names.
+            folder.disown(path)
+        else:
+            folder.hide(path)
         return False
     finally:
         os.close(fd)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Self
 from modelp2p.daemon.lock import read_lock
 from modelp2p.protocol import control
 from modelp2p.protocol.control import Event, Failure, Hello, Message, Request, Result
-from modelp2p.protocol.errors import DaemonError, FormatError, ModelP2PError, error_of
+from modelp2p.protocol.errors import DaemonError, DeniedError, FormatError, ModelP2PError, error_of
 from modelp2p.protocol.framing import FrameDecoder
 from modelp2p.protocol.layout import LOCK, PUBLIC_SOCKET
 
@@ -215,6 +215,12 @@ class Client:
         except OSError as exc:
             raise DaemonError(f"the connection to the daemon broke: {exc.strerror or exc}") from exc
 
+    def hang_up(self) -> None:
+        """End a call in which another thread waits: it raises DaemonError there, and nothing more can be called."""
+        # One that was closed, or that the daemon left, cannot be shut down again.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Hang up, and wait for a daemon this client brought to leave."""
         self._socket.close()
@@ -246,7 +252,14 @@ class Client:
         # A daemon that refuses a client says so and hangs up, unasked: its words are waiting to be read.
         with contextlib.suppress(BrokenPipeError):
             if fds:
-                sent = socket.send_fds(self._socket, [data], list(fds))
+                try:
+                    sent = socket.send_fds(self._socket, [data], list(fds))
+                except PermissionError as exc:
+                    # A public socket takes none, and the kernel says so here.
+                    raise DeniedError(
+                        "files and folders are taken from the owner of this daemon only",
+                        hint="Run it as the daemon's user or root, or with a daemon of your own (MODELP2P_HOME).",
+                    ) from exc
                 data = data[sent:]
             self._socket.sendall(data)
 

@@ -3,7 +3,8 @@
 Invariants:
 - a peer that the gate does not take is refused by its credentials before a byte of it is read;
 - a request that the gate does not take reaches no handler;
-- at most `MAX_CLIENTS` connections a socket, so that the public one never fills the owner's;
+- at most `MAX_CLIENTS` connections a socket, so that the public one never fills the owner's, and there few for each user;
+- a reply with descriptors waits until what was sent before is read: those on their way count against this process's own limit;
 - a request that is not whole within `REQUEST_TIMEOUT_S`, or a reader that does not read for as long, loses its connection
   and nothing else;
 - every descriptor received is closed here when its request ends.
@@ -14,10 +15,14 @@ connection cancels its running request.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import socket
 import struct
+import sys
+import termios
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _READ_BYTES = 1 << 16
+_READ_POLL_S = 0.02
 MAX_STRANGERS = 64
 _BUG_HINT = "This is a bug of modelp2p: please report it. The daemon's log has the details."
 
@@ -62,6 +68,8 @@ class Call:
     """Queue a progress event; a slow client misses events, never the result."""
     session: dict[str, object] = field(default_factory=dict)
     """State of this connection (what `publish` prepared, for its `publish_commit`)."""
+    is_strangers: bool = False
+    """It came by a socket that is not the owner's."""
     send: Callable[[Map], Awaitable[None]] = field(kw_only=True)
     """Send an event and wait while the client is behind. Those not yet on their way when the handler returns are lost."""
 
@@ -77,6 +85,7 @@ class ControlServer:
         self._handler = handler
         self._gate = gate
         self._clients = 0
+        self._users: Counter[int] = Counter()
         self._served = 0
         self._strangers: dict[trio.CancelScope, None] = {}
         """Connections that did not say hello yet, oldest first: they never take a client's place."""
@@ -121,7 +130,18 @@ class ControlServer:
     async def _serve_client(self, connection: trio.socket.SocketType) -> None:
         session = _Connection(connection, self._gate)
         try:
-            self._gate.check_peer(peer_of(connection))
+            peer = peer_of(connection)
+        except OSError:
+            session.close()
+            return
+        self._users[peer.uid] += 1
+        try:
+            self._gate.check_peer(peer)
+            if 0 < self._gate.max_per_user < self._users[peer.uid]:
+                raise DeniedError(
+                    f"user {peer.uid} has {self._gate.max_per_user} connections to this service already",
+                    hint="Wait until one of those commands has ended.",
+                )
             if not await self._greet(session):
                 return
             if self._clients >= control.MAX_CLIENTS:
@@ -137,6 +157,9 @@ class ControlServer:
             log.exception("bug while serving a control client")
         finally:
             session.close()
+            self._users[peer.uid] -= 1
+            if not self._users[peer.uid]:
+                del self._users[peer.uid]
 
     async def _greet(self, session: _Connection) -> bool:
         """Exchange hellos; False for a connection that kept silent until others needed its place."""
@@ -181,7 +204,9 @@ class ControlServer:
                 nursery.start_soon(session.send_events, request.id, queued)
                 try:
                     self._gate.check_request(request.verb, request.args)
-                    answer = await self._handler(Call(request.verb, request.args, fds, emit, session.state, send=events.send))
+                    is_strangers = self._gate.is_public
+                    call = Call(request.verb, request.args, fds, emit, session.state, is_strangers, send=events.send)
+                    answer = await self._handler(call)
                     reply: Message = Result(request.id, answer.result, len(answer.fds))
                 except ModelP2PError as exc:
                     reply = Failure.of(request.id, exc)
@@ -256,10 +281,20 @@ class _Connection:
         with _deadline():
             async with self._sending:
                 if fds:
+                    await self._wait_read()
                     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
                     data = data[await self._socket.sendmsg([data], ancillary) :]
                 while data:
                     data = data[await self._socket.send(data) :]
+
+    async def _wait_read(self) -> None:
+        """Return when the peer has read everything; a deadline is the caller's."""
+        unread = bytearray(4)
+        while True:
+            fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, unread)
+            if not int.from_bytes(unread, sys.byteorder):
+                return
+            await trio.sleep(_READ_POLL_S)
 
     async def refuse(self, error: ModelP2PError) -> None:
         try:

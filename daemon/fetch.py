@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass
+from functools import partial
+from glob import escape
 from typing import TYPE_CHECKING
 
 import trio
@@ -34,6 +36,8 @@ from modelp2p.protocol.statement import Release, Statement, verify_statement
 from modelp2p.protocol.trust import admit, check_no_rival
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from modelp2p.daemon.library import Entry
     from modelp2p.daemon.node import Node, Shared
     from modelp2p.daemon.requests import Emit, FetchRequest, Target
@@ -66,30 +70,35 @@ async def resolve(node: Node, target: Target, request: FetchRequest, emit: Emit)
     if target.name is not None:
         entry = node.library.by_name(target.name, node.book)
         return Resolved(await trio.to_thread.run_sync(node.library.release, entry.digest), is_named=True)
-    statement = await statement_of(node, target, request)
-    emit({"phase": "verifying"})
-    release = await trio.to_thread.run_sync(verify, node, statement)
-    named = admit(release, node.book, target.link)
-    check_no_rival(release, _refs(node))
-    if not request.dry_run:
-        await trio.to_thread.run_sync(node.library.add, statement, release)
+    async with stated(node, target, request) as statement:
+        emit({"phase": "verifying"})
+        release = await trio.to_thread.run_sync(verify, node, statement)
+        named = admit(release, node.book, target.link)
+        check_no_rival(release, _refs(node))
+        if not request.dry_run:
+            await trio.to_thread.run_sync(node.library.add, statement, release)
     return Resolved(release, named, target.link)
 
 
-async def statement_of(node: Node, target: Target, request: FetchRequest) -> Statement:
-    """The statement a link or bundle means, not verified yet."""
+@contextlib.asynccontextmanager
+async def stated(node: Node, target: Target, request: FetchRequest) -> AsyncIterator[Statement]:
+    """The statement a link or bundle means, not verified yet.
+
+    Of several commands on one new link one asks the swarm at a time, until the end of the block: the next finds the answer in the
+    library, and nobody serves the manifest swarm while another still fetches from it.
+    """
     if target.statement is not None:
-        return target.statement
+        yield target.statement
+        return
     assert target.link is not None
     known = node.library.by_link(target.link)
-    if known is not None:
-        return await trio.to_thread.run_sync(node.store.load_statement, known.digest)
-    # Two commands on one new link: one asks the swarm, the other finds the answer.
-    async with node.resolving.setdefault(target.link.manifest_hash, trio.Lock()):
-        known = node.library.by_link(target.link)
-        if known is not None:
-            return await trio.to_thread.run_sync(node.store.load_statement, known.digest)
-        return await _from_swarm(node, target.link, request)
+    if known is None:
+        async with node.resolving.setdefault(target.link.manifest_hash, trio.Lock()):
+            known = node.library.by_link(target.link)
+            if known is None:
+                yield await _from_swarm(node, target.link, request)
+                return
+    yield await trio.to_thread.run_sync(node.store.load_statement, known.digest)
 
 
 def verify(node: Node, statement: Statement) -> Release:
@@ -145,6 +154,15 @@ def select(release: Release, request: FetchRequest, *, allow_code: bool) -> tupl
     return wanted
 
 
+async def wanted_of(release: Release, request: FetchRequest, *, allow_code: bool) -> tuple[str, ...]:
+    """`select` in a thread: a thousand globs over ten thousand paths are seconds.
+
+    Raises:
+        UsageError, PolicyError: as `select`.
+    """
+    return await trio.to_thread.run_sync(partial(select, release, request, allow_code=allow_code))
+
+
 async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | None = None) -> Map:
     """Fetch a release; see the module. Returns the result of docs/DESIGN.md.
 
@@ -156,7 +174,7 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
     resolved = await resolve(node, request.target, request, emit)
     release = resolved.release
     allow_code = request.allow_code or node.config.policy.allow_code
-    wanted = select(release, request, allow_code=allow_code)
+    wanted = await wanted_of(release, request, allow_code=allow_code)
     shared = node.of(release.info_hash)
     link_peers = node.usable_peers(resolved.link.peers) if resolved.link else ()
     shared.peers = tuple(dict.fromkeys((*shared.peers, *request.peers, *link_peers)))
@@ -167,6 +185,8 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
             raise NotFoundError(f"{release.ref} was removed while this command waited", hint="Run it again to fetch it anew.")
         was_seeding = shared.is_seeding
         folder = await trio.to_thread.run_sync(ReleaseFolder.open, node.store, release)
+        # What the owner fetched without serving it is not for others to serve.
+        seed = request.seed and (was_seeding or not (request.is_strangers and folder.state.files))
         try:
             work = _Work(node, shared, folder, request, wanted, allow_code, emit)
             adopted = await work.run(source)
@@ -181,9 +201,13 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
                 await node.seed_locked(release.info_hash)
                 shared.error = exc.message
             raise
+        except trio.Cancelled:
+            if was_seeding:
+                node.seed_soon(shared)
+            raise
         finally:
             folder.close()
-        if request.seed:
+        if seed:
             await node.seed_locked(release.info_hash)
     result: Map = {
         "path": str(path),
@@ -212,7 +236,7 @@ async def plan(node: Node, request: FetchRequest, emit: Emit) -> tuple[Map, byte
     """
     resolved = await resolve(node, request.target, request, emit)
     release = resolved.release
-    wanted = select(release, request, allow_code=request.allow_code or node.config.policy.allow_code)
+    wanted = await wanted_of(release, request, allow_code=request.allow_code or node.config.policy.allow_code)
     have = dict.fromkeys(wanted, 0)
     if node.store.path(layout.journal_of(release.info_hash)).exists():
         # Under the lock: a journal is opened by one task at a time.
@@ -279,19 +303,30 @@ class _Work:
                 adopted = await adopt_files(self.node.pool, folder, self.wanted, source, self.emit)
             await trio.to_thread.run_sync(self._stage)
             await prove_left_over(self.node.pool, folder, self.wanted, self.emit)
-            folder.select(Selection(self.request.include, self.request.exclude, self.wanted))
+            self._select()
             self.shared.is_partial = False
             await self._transfer()
         else:
-            folder.select(Selection(self.request.include, self.request.exclude, self.wanted))
+            self._select()
         if set(folder.state.files) != before or not folder.state.complete:
             self.emit({"phase": "linking"})
             await trio.to_thread.run_sync(folder.complete)
         return adopted
 
+    def _select(self) -> None:
+        """Journal what is wanted; what others fetch is added to what the owner asked for, and does not replace it."""
+        known, request = self.folder.state.selection, self.request
+        if known is None or not request.is_strangers:
+            self.folder.select(Selection(request.include, request.exclude, self.wanted))
+        elif not set(self.wanted) <= set(known.wanted):
+            both = set(known.wanted) | set(self.wanted)
+            paths = tuple(entry.path for entry in self.folder.release.manifest.files if entry.path in both)
+            self.folder.select(Selection(tuple(map(escape, paths)), (), paths))
+
     async def _transfer(self) -> None:
         shared = self.shared
-        shared.max_up, shared.max_down = self.request.max_up, self.request.max_down
+        # 0 is no wish: a limit that was set for this release stays.
+        shared.max_up, shared.max_down = self.request.max_up or shared.max_up, self.request.max_down or shared.max_down
         shared.error = ""
         transfer = Transfer(
             self.folder,

@@ -6,7 +6,8 @@ machine and lets them look, and fetch or stream what the site already trusts.
 Invariants of the public gate:
 - nobody changes anything through it but by fetching a name whose publisher the node trusts for that name;
 - no request through it directs the node's connections, its limits, its policy or its jobs;
-- no descriptor is taken: closing one that a stranger prepared can block the whole daemon.
+- no descriptor is taken (the socket itself refuses them, see `listening`);
+- what a request costs is bounded: few patterns, no bundle, and each user has few connections.
 
 It says nothing about whether a name is trusted or known: that is the library's word (`Library.by_name`).
 """
@@ -28,6 +29,9 @@ ROOT_UID = 0
 STREAM_VERBS = frozenset({"stream_file", "stream_follow", "stream_open", "stream_want"})
 PUBLIC_VERBS = frozenset({"fetch", "ls", "resolve", "show", "status"}) | STREAM_VERBS
 # What the command line sends although nobody asked for it (an empty list, false, 0) is no wish.
+MAX_PUBLIC_PATTERNS = 16
+MAX_PUBLIC_PATTERN_CHARACTERS = 256
+"""Globs are compiled, and matched with every path of a release: an owner's thousand are a second of work."""
 _OWNERS_WISHES = ("bundle", "peers", "allow_code", "detach", "max_up", "max_down")
 
 
@@ -50,6 +54,14 @@ class Gate(Protocol):
     def max_fds(self) -> int:
         """Descriptors a peer may have under way; what exceeds this costs it the connection."""
 
+    @property
+    def is_public(self) -> bool:
+        """Whether others than the owner come in here."""
+
+    @property
+    def max_per_user(self) -> int:
+        """Connections one user may have at once; 0 for no limit beside that of all."""
+
     def too_many_fds(self) -> ModelP2PError:
         """What a peer hears that sent more."""
 
@@ -67,6 +79,8 @@ class OwnerGate:
     uid: int
     mode: int = 0o600
     max_fds: int = control.MAX_FDS
+    max_per_user: int = 0
+    is_public: bool = False
 
     def too_many_fds(self) -> ModelP2PError:
         return FormatError(f"more than {self.max_fds} descriptors at once")
@@ -92,6 +106,8 @@ class PublicGate:
     groups: frozenset[int] = frozenset()
     mode: int = 0o666
     max_fds: int = 0
+    max_per_user: int = 8
+    is_public: bool = True
 
     def too_many_fds(self) -> ModelP2PError:
         return self._denied("files and folders are taken from the owner of this daemon only")
@@ -111,6 +127,8 @@ class PublicGate:
         match verb:
             case "fetch":
                 self._check_fetch(args)
+            case "show" if args.get("bundle_out"):
+                raise self._denied(f"a bundle is for the owner of this daemon, {self.owner}, to give out")
             case "stream_open":
                 self._check_stream(args)
             case _:
@@ -120,6 +138,15 @@ class PublicGate:
         for wish in _OWNERS_WISHES:
             if args.get(wish):
                 raise self._denied(f"a fetch with '{wish}' is for the owner of this daemon, {self.owner}")
+        for key in ("include", "exclude"):
+            globs = args.get(key)
+            if isinstance(globs, list) and (
+                len(globs) > MAX_PUBLIC_PATTERNS or any(len(str(glob)) > MAX_PUBLIC_PATTERN_CHARACTERS for glob in globs)
+            ):
+                raise self._denied(
+                    f"a fetch with more than {MAX_PUBLIC_PATTERNS} globs, or one of over {MAX_PUBLIC_PATTERN_CHARACTERS} "
+                    f"characters, is for the owner of this daemon, {self.owner}"
+                )
         if args.get("seed") is False:
             raise self._denied(f"whether this node seeds is for its owner to say, {self.owner}")
         timeout = args.get("timeout_s")

@@ -26,7 +26,7 @@ import trio
 
 from modelp2p.daemon.fetch import Resolved, fetch
 from modelp2p.daemon.requests import FetchRequest, Target
-from modelp2p.protocol.errors import DeniedError, ModelP2PError, NoSpaceError, NotFoundError, UnavailableError
+from modelp2p.protocol.errors import DeniedError, ModelP2PError, NoSpaceError, NotFoundError, StoreError, UnavailableError
 from modelp2p.protocol.job import MAX_TIMEOUT_S, Job
 
 if TYPE_CHECKING:
@@ -66,8 +66,9 @@ def retry_after_s(error: ModelP2PError, failures: int) -> float | None:
     match error:
         case NoSpaceError():
             return NO_SPACE_RETRY_S
-        case UnavailableError():
-            # Beyond 10 doublings only the cap counts, and a float has an end.
+        case UnavailableError() | StoreError():
+            # Nobody is there, or this machine is in trouble (a disk, too few descriptors): both may pass. Beyond 10 doublings
+            # only the cap counts, and a float has an end.
             return min(LAST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(failures, 10))
         case _:
             return None
@@ -140,6 +141,9 @@ class Jobs:
             running.scope.cancel()
         for running in ending:
             await running.ended.wait()
+        if ending:
+            # One that was being accepted at that moment may have left its file after the first time.
+            await trio.to_thread.run_sync(self._forget, info_hash)
 
     def _forget(self, info_hash: bytes) -> None:
         for job in self._node.store.jobs():
@@ -179,6 +183,8 @@ class Jobs:
         job, shared = running.job, self._node.of(running.job.info_hash)
         failures, proven = 0, shared.proven
         while True:
+            # Made before the attempt: asking for the same again meanwhile shortens the pause after it, too.
+            running.wake = trio.Event()
             try:
                 await fetch(self._node, await self._request(job), lambda _: None)
                 return
@@ -196,7 +202,6 @@ class Jobs:
                 shared.waits_for = f"no space: {exc.message}" if isinstance(exc, NoSpaceError) else exc.message
                 shared.watch.ring()
                 log.warning("a detached fetch of %s tries again in %d s: %s", job.info_hash.hex()[:16], delay, exc.message)
-            running.wake = trio.Event()
             with trio.move_on_after(delay):
                 await running.wake.wait()
             shared.waits_for = ""

@@ -2,7 +2,10 @@
 
 Invariants:
 - a socket for its owner has mode 0600 before it is bound, in a 0700 folder: there is no moment in which others may connect;
-- a socket for everybody is opened to them after it is bound, in a folder that only its owner (or root) can write.
+- a socket for everybody is opened to them after it is bound, in a folder that only its owner (or root) can write;
+- a socket for everybody takes no descriptors: closing one that a stranger prepared (a lingering connection, a file of a dead
+  server) can block this process for as long as the stranger likes, and not reading it closes it too. Only the kernel can keep
+  them out, so one that cannot has no public socket.
 
 Spec: unix(7), socket(7)
 """
@@ -21,6 +24,8 @@ from modelp2p.daemon.gate import ROOT_UID, Peer
 from modelp2p.protocol.errors import DaemonError, StoreError
 
 _BACKLOG = 64
+# asm-generic/socket.h; Python has no name for it. Linux 6.16; accepted sockets inherit it, from the moment of `connect`.
+_SO_PASSRIGHTS = 83
 _OWNER_ONLY = 0o600
 # asm-generic/socket.h; Python has no name for it. Linux 4.13.
 _SO_PEERGROUPS = 59
@@ -59,6 +64,8 @@ def bind(path: Path, mode: int) -> trio.socket.SocketType:
                 os.chmod(path.name, mode, dir_fd=folder)
         finally:
             os.close(folder)
+        if is_public:
+            _keep_descriptors_out(listener)
         listener.listen(_BACKLOG)
     except OSError as exc:
         listener.close()
@@ -67,6 +74,16 @@ def bind(path: Path, mode: int) -> trio.socket.SocketType:
         listener.close()
         raise
     return listener
+
+
+def _keep_descriptors_out(listener: trio.socket.SocketType) -> None:
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+    except OSError as exc:
+        raise DaemonError(
+            "this kernel cannot keep other users from sending descriptors, by which any of them could stop the daemon",
+            hint="Run Linux 6.16 or later, or set public = false below [control].",
+        ) from exc
 
 
 def peer_of(connection: trio.socket.SocketType) -> Peer:

@@ -192,6 +192,11 @@ class Node:
             if shared.transfer is None:
                 await self.seed_locked(info_hash)
 
+    def seed_soon(self, shared: Shared) -> None:
+        """`seed` in a task of the node: for those who cannot wait for the lock, whose holder may be waiting for them."""
+        assert self._nursery is not None
+        self._nursery.start_soon(self._seed_again, shared)
+
     async def seed_locked(self, info_hash: bytes) -> None:
         """`seed`, for those who hold the content's lock."""
         entries = self.library.about(info_hash)
@@ -331,9 +336,7 @@ class Node:
                     shared.traffic.restart()
                     shared.status = None
                 case wire.EngineRestarted():
-                    # Not awaited here: it waits for a lock whose holder may be waiting for events.
-                    assert self._nursery is not None
-                    self._nursery.start_soon(self._seed_again, shared)
+                    self.seed_soon(shared)
                 case wire.FileFailed(path=path, message=message):
                     assert self._nursery is not None
                     self._nursery.start_soon(self._look_after, shared, f"'{path}' cannot be read: {message}")

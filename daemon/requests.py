@@ -62,6 +62,8 @@ class FetchRequest:
     detach: bool = False
     max_up: int = 0
     max_down: int = 0
+    is_strangers: bool = False
+    """It came by the public socket: it may add to what is here, and not change how the owner has it."""
 
     @classmethod
     def decode(cls, args: Map, target: Target, default_timeout_s: float) -> FetchRequest:

@@ -16,7 +16,7 @@ from modelp2p.daemon.checking import verify_release
 from modelp2p.daemon.cleaning import collect_garbage, remove_release
 from modelp2p.daemon.config import config_to_toml
 from modelp2p.daemon.control import Answer, Call
-from modelp2p.daemon.fetch import fetch, plan, resolve, select, statement_of, verify
+from modelp2p.daemon.fetch import fetch, plan, resolve, stated, verify, wanted_of
 from modelp2p.daemon.following import Streams
 from modelp2p.daemon.jobs import Jobs, job_of
 from modelp2p.daemon.requests import FetchRequest, Target, flag, peers, rate, text, texts, timeout_s
@@ -102,6 +102,7 @@ class Service:
 
     async def _fetch(self, call: Call) -> Answer:
         request = FetchRequest.decode(call.args, self._target(call), self._node.config.fetch.timeout_s)
+        request = replace(request, is_strangers=call.is_strangers)
         if request.dry_run:
             told, files = await plan(self._node, request, call.emit)
             return Answer(told, (sealed("plan", files),))
@@ -110,7 +111,7 @@ class Service:
         # Everything that can be refused is refused while somebody listens.
         resolved = await resolve(self._node, request.target, request, call.emit)
         release = resolved.release
-        select(release, request, allow_code=request.allow_code or self._node.config.policy.allow_code)
+        await wanted_of(release, request, allow_code=request.allow_code or self._node.config.policy.allow_code)
         await self._jobs.accept(job_of(resolved, request, self._node.config.fetch.timeout_s))
         path = self._node.store.model_path(
             release.manifest.name, release.publisher_id, release.manifest.revision, named=resolved.is_named
@@ -260,7 +261,8 @@ class Service:
             self._node.book.added(TrustEntry(pattern, target.link.publisher))
         patience_s = timeout_s(call.args, self._node.config.fetch.timeout_s)
         request = FetchRequest(target, peers=peers(call.args), dry_run=True, timeout_s=patience_s)
-        release = await trio.to_thread.run_sync(verify, self._node, await statement_of(self._node, target, request))
+        async with stated(self._node, target, request) as statement:
+            release = await trio.to_thread.run_sync(verify, self._node, statement)
         if target.link is not None:
             admit(release, self._node.book, target.link)
         book = self._node.book.added(TrustEntry(pattern, release.publisher_id))

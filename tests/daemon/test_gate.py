@@ -52,7 +52,7 @@ def test_who_may_connect(gate: OwnerGate | PublicGate, peer: Peer, may: bool) ->
 TAKEN: dict[str, tuple[str, Map]] = {
     "status": ("status", {}),
     "ls": ("ls", {}),
-    "show": ("show", {"ref": "lab/model", "bundle_out": True}),
+    "show": ("show", {"ref": "lab/model", "bundle_out": False}),
     "show by link": ("show", {"ref": LINK}),
     "resolve": ("resolve", {"ref": "lab/model"}),
     "fetch": ("fetch", {"ref": "lab/model"}),
@@ -63,6 +63,10 @@ TAKEN: dict[str, tuple[str, Map]] = {
         "fetch",
         {"ref": "lab/model", "include": [], "exclude": [], "peers": [], "allow_code": False, "seed": True, "detach": False},
     ),
+    "stream": ("stream_open", {"ref": "lab/model@0123abc"}),
+    "stream, what belongs to the connection": ("stream_file", {"path": "config.json"}),
+    "stream, what needs the secret": ("stream_follow", {"stream": "0" * 32}),
+    "stream, an order": ("stream_want", {"pieces": [[0, 1]]}),
 }
 REFUSED: dict[str, tuple[str, Map]] = {
     **{
@@ -72,6 +76,9 @@ REFUSED: dict[str, tuple[str, Map]] = {
             *("trust_add", "trust_list", "trust_remove", "verify", "nonsense"),
         )
     },
+    "show, with a bundle": ("show", {"ref": "lab/model", "bundle_out": True}),
+    "fetch, a thousand globs": ("fetch", {"ref": "lab/model", "include": ["*"] * 1000}),
+    "fetch, a glob of a kilobyte": ("fetch", {"ref": "lab/model", "exclude": ["*" * 1000]}),
     "fetch by link": ("fetch", {"ref": LINK}),
     "fetch by bundle": ("fetch", {"ref": "", "bundle": True}),
     "fetch by bundle, with a name beside it": ("fetch", {"ref": "lab/model", "bundle": True}),
@@ -84,6 +91,9 @@ REFUSED: dict[str, tuple[str, Map]] = {
     "fetch, limits down": ("fetch", {"ref": "lab/model", "max_down": 1}),
     "fetch, no seeding": ("fetch", {"ref": "lab/model", "seed": False}),
     "fetch, more patient than the node": ("fetch", {"ref": "lab/model", "timeout_s": 301}),
+    "stream by link": ("stream_open", {"ref": LINK}),
+    "stream by path": ("stream_open", {"ref": "/x"}),
+    "stream of a publisher nobody trusts": ("stream_open", {"ref": "lab/model", "publisher": "mp1" + "a" * 52}),
 }
 
 

@@ -107,7 +107,7 @@ RETRIES: dict[str, tuple[ModelP2PError, int, float | None]] = {
     "code": (PolicyError("code"), 0, None),
     "no file matches": (UsageError("none"), 0, None),
     "removed": (NotFoundError("gone"), 0, None),
-    "a broken disk": (StoreError("EIO"), 0, None),
+    "a broken disk": (StoreError("EIO"), 0, 30.0),
 }
 
 

@@ -41,6 +41,14 @@ async def test_a_folder_in_which_others_could_replace_it_is_refused(tmp_path: Pa
         bind(folder(tmp_path, folder_mode) / "x.sock", mode)
 
 
+async def test_the_kernel_keeps_descriptors_from_a_public_socket(tmp_path: Path) -> None:
+    path = folder(tmp_path, 0o755) / "x.sock"
+    with bind(path, PUBLIC), socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(str(path))
+        with pytest.raises(PermissionError):
+            socket.send_fds(stranger, [b"x"], [stranger.fileno()])
+
+
 async def test_a_public_socket_makes_no_folder(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         bind(tmp_path / "nowhere" / "x.sock", PUBLIC)
