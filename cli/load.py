@@ -22,7 +22,7 @@ from modelp2p.protocol.errors import ModelP2PError
 @click.option("--publisher", metavar="ID", help="The publisher that must have signed; default: who is trusted for the name.")
 @click.option(
     "--verify",
-    type=click.Choice(["auto", "cpu", "record", "off"]),
+    type=click.Choice(["auto", "gpu", "cpu", "record", "off"]),
     default="auto",
     show_default=True,
     help="Where the bytes are hashed; record believes the daemon's, off believes the disk.",
@@ -73,6 +73,9 @@ def load(
                 "recorded_bytes": stats.recorded_bytes,
                 "unverified_bytes": stats.unverified_bytes,
                 "copied_bytes": stats.copied_bytes,
+                "reader": stats.reader,
+                "verifier": stats.verifier,
+                "fallbacks": stats.fallbacks,
             }
         )
         return
@@ -84,10 +87,14 @@ def load(
             ("Release", ref),
             ("Device", stats.device),
             ("Tensors", f"{count}, {size_text(stats.bytes)}"),
-            ("Verified", f"{size_text(stats.verified_bytes)} hashed now" if stats.verified_bytes else ""),
+            (
+                "Verified",
+                f"{size_text(stats.verified_bytes)} hashed now, by {stats.verifier or 'cpu'}" if stats.verified_bytes else "",
+            ),
             ("Recorded", f"{size_text(stats.recorded_bytes)} on the daemon's word" if stats.recorded_bytes else ""),
             ("Unverified", size_text(stats.unverified_bytes) if stats.unverified_bytes else ""),
-            ("Transfer", stats.transfer),
+            ("Transfer", f"{stats.transfer}, read by {stats.reader}" if stats.reader else stats.transfer),
+            *(("Note", reason) for reason in stats.fallbacks),
             ("Time", f"{stats.seconds:.3f} s, {rate_text(speed)}"),
         ]
     )

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 EVENT_S = 0.1
 """Least time between two looks of one stream: what is proven meanwhile is one event."""
+STEER_AGAIN_S = 1.0
+"""Priorities are told again this often: libtorrent sets files' priorities in the background, and forgets those of pieces then."""
 MAX_STREAMS = 64
 MAX_STREAMS_OF_RELEASE = 32
 """One for each rank of a large machine, and some."""
@@ -184,14 +186,17 @@ class Streams:
         """Send what is proven while somebody works on it."""
         shared = stream.shared
         told, wanted, note, life = Ranges(), Ranges(), "", 0
+        steered = trio.current_time()
         while stream.is_open and _is_under_way(shared):
             proven, asked, waits_for, lives = told, wanted, shared.waits_for, life
             if (transfer := shared.transfer) is not None:
                 proven, lives, waits_for = transfer.folder.state.proven, transfer.lives, ""
                 # What an earlier fetch was asked for stays in it: it is here by now.
                 asked = wanted.union(self._told_of(shared, transfer).wanted)
-            if (proven, asked, waits_for, lives) == (told, wanted, note, life):
-                await shared.watch.wait()
+            is_old = trio.current_time() - steered >= STEER_AGAIN_S
+            if (proven, asked, waits_for, lives) == (told, wanted, note, life) and not is_old:
+                with trio.move_on_after(STEER_AGAIN_S):
+                    await shared.watch.wait()
                 continue
             if asked != wanted:
                 await send({"phase": "streaming", "wanted": asked.to_list()})
@@ -200,7 +205,8 @@ class Streams:
             for event in streaming.news(told, proven):
                 await send(event)
             told, wanted, note, life = proven, asked, waits_for, lives
-            await self._steer(shared)
+            await self._steer(shared, again=is_old)
+            steered = trio.current_time() if is_old else steered
             await trio.sleep(EVENT_S)
 
     async def _all_proven(self, stream: _Stream) -> Ranges:
@@ -212,8 +218,8 @@ class Streams:
             folder.close()
         return folder.state.proven
 
-    async def _steer(self, shared: Shared) -> None:
-        """Bring the engine's priorities to what all streams of a content need now."""
+    async def _steer(self, shared: Shared, *, again: bool = False) -> None:
+        """Bring the engine's priorities to what all streams of a content need now; `again` tells also what was told before."""
         transfer = shared.transfer
         if transfer is None:
             self._told.pop(shared.info_hash, None)
@@ -226,7 +232,7 @@ class Streams:
             stream.wishes = streaming.still_open(stream.wishes, proven)
         length = transfer.folder.release.pieces.piece_length
         now = streaming.together([streaming.urgency(stream.wishes, missing, length) for stream in readers])
-        changed = streaming.changes(told.priorities, now, missing)
+        changed = streaming.changes(told.priorities, now, missing) | (now if again else {})
         told.priorities = now
         if changed:
             await self._node.swarm.set_piece_priorities(shared.info_hash, changed)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from modelp2p.loader.copier import copier_for
+from modelp2p.loader.arriving import DEFAULT_TIMEOUT_S
+from modelp2p.loader.device import device_for
+from modelp2p.loader.following import follow
 from modelp2p.loader.home import default_home
 from modelp2p.loader.locate import locate
 from modelp2p.loader.release import OpenRelease, Progress
+from modelp2p.protocol.errors import NotFoundError
 from modelp2p.protocol.safetensors import DEFAULT_MAX_HEADER_BYTES
 
 if TYPE_CHECKING:
     import torch
+
+    from modelp2p.loader.pipeline import OnBad
+    from modelp2p.loader.plan import Cuts
 
 
 def open_release(
@@ -27,32 +34,58 @@ def open_release(
     home: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     max_header_bytes: int = DEFAULT_MAX_HEADER_BYTES,
+    reader: str = "auto",
+    on_bad: OnBad | None = None,
+    timeout: float = DEFAULT_TIMEOUT_S,
 ) -> OpenRelease:
-    """A handle on a release that is here: names, single tensors, slices, stream.
+    """A handle on a release that is here, or that the home's daemon is fetching: names, single tensors, slices, stream.
+
+    Of one that is being fetched, everything is hashed and copied, and whatever is asked for waits until it has arrived.
 
     Args:
         ref: a name, link, bundle or folder (see `locate`).
         device: `cpu`, `cuda` or `cuda:N`.
-        verify: `auto`, `cpu`, `record` or `off` (see `OpenRelease`).
+        verify: `auto`, `gpu`, `cpu`, `record` or `off` (see `OpenRelease`).
         mapping: `auto`, `mmap` or `pread` (see `OpenRelease`).
         files: globs over file paths, where a release holds several models.
         publisher: the publisher id that must have signed; without it the pins of `home` decide.
         home: the modelp2p home; `MODELP2P_HOME` or the user's data folder by default.
         workers: threads that read and hash; all cores by default.
         max_header_bytes: limit of one file's header.
+        reader: `auto`, `preadv`, `mmap` or `direct` (see `readers`).
+        on_bad: repairs a bad piece (see `OpenRelease`).
+        timeout: seconds without a newly proven piece after which the wait for a fetch ends.
 
     Raises:
-        NotFoundError: the release, or one of its files, is not here.
+        NotFoundError: the release, or one of its files, is not here, and nobody fetches it.
         UntrustedError: the statement does not hold, or nobody vouches for its publisher.
         IntegrityError: bytes on disk are not what was signed.
         UsageError: an argument is wrong, or the device is not here.
+        ModelP2PError: how the fetch, or the daemon, ended before everything was here.
     """
     place = default_home() if home is None else os.path.abspath(os.path.expanduser(os.fspath(home)))
-    copier = copier_for(device)
-    located = locate(ref, publisher=publisher, home=place)
-    return OpenRelease(
-        located, copier, verify=verify, mapping=mapping, files=files, workers=workers, max_header_bytes=max_header_bytes
+    target = device_for(device)
+    open_located = partial(
+        OpenRelease,
+        device=target,
+        verify=verify,
+        mapping=mapping,
+        files=files,
+        workers=workers,
+        max_header_bytes=max_header_bytes,
+        reader=reader,
+        on_bad=on_bad,
     )
+    try:
+        return open_located(locate(ref, publisher=publisher, home=place))
+    except NotFoundError as exc:
+        absent = exc
+    located, arrivals = follow(ref, publisher=publisher, home=place, timeout_s=timeout, absent=absent)
+    try:
+        return open_located(located, arrivals=arrivals)
+    except BaseException:
+        arrivals.close()
+        raise
 
 
 def load(
@@ -61,23 +94,36 @@ def load(
     *,
     include: str | Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
+    plan: Cuts | None = None,
     verify: str = "auto",
     mapping: str = "auto",
     files: str | Sequence[str] | None = None,
     publisher: str | None = None,
     home: str | os.PathLike[str] | None = None,
     workers: int | None = None,
+    reader: str = "auto",
     progress: Progress | None = None,
+    timeout: float = DEFAULT_TIMEOUT_S,
 ) -> dict[str, torch.Tensor]:
     """All tensors of a release by name; on the CPU, views of the store's files that must not be written to.
 
-    `include`: names or globs of tensors. `dtype`: cast floating-point tensors. `progress`: called with bytes done and in all.
-    The rest, and what it raises: see `open_release`.
+    `include`: names or globs of tensors. `dtype`: cast floating-point tensors. `plan`: cuts of tensors, as tensor parallelism
+    makes them (see `OpenRelease.stream`). `progress`: called with bytes done and in all. The rest, and what it raises: see
+    `open_release`.
     """
     with open_release(
-        ref, device, verify=verify, mapping=mapping, files=files, publisher=publisher, home=home, workers=workers
+        ref,
+        device,
+        verify=verify,
+        mapping=mapping,
+        files=files,
+        publisher=publisher,
+        home=home,
+        workers=workers,
+        reader=reader,
+        timeout=timeout,
     ) as release:
-        return release.load(include, dtype, progress)
+        return release.load(include, dtype, progress, plan=plan)
 
 
 def stream(
@@ -86,16 +132,31 @@ def stream(
     *,
     include: str | Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
+    plan: Cuts | None = None,
     verify: str = "auto",
     mapping: str = "auto",
     files: str | Sequence[str] | None = None,
     publisher: str | None = None,
     home: str | os.PathLike[str] | None = None,
     workers: int | None = None,
+    reader: str = "auto",
     progress: Progress | None = None,
+    timeout: float = DEFAULT_TIMEOUT_S,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """As `load`, one tensor at a time, each as soon as it is proven. The release is opened at the first `next`."""
+    """As `load`, one tensor at a time, each as soon as it is proven, also while the fetch is still running.
+
+    The release is opened at the first `next`.
+    """
     with open_release(
-        ref, device, verify=verify, mapping=mapping, files=files, publisher=publisher, home=home, workers=workers
+        ref,
+        device,
+        verify=verify,
+        mapping=mapping,
+        files=files,
+        publisher=publisher,
+        home=home,
+        workers=workers,
+        reader=reader,
+        timeout=timeout,
     ) as release:
-        yield from release.stream(include, dtype, progress)
+        yield from release.stream(include, dtype, progress, plan=plan)

@@ -22,8 +22,10 @@ RUN_BYTES = 8 << 20
 class Workers:
     """A fixed number of threads, started when first needed. Close it, or use it in a `with` block."""
 
-    def __init__(self, count: int | None = None) -> None:
+    def __init__(self, count: int | None = None, on_abandon: Callable[[], None] | None = None) -> None:
         self.count = count or len(os.sched_getaffinity(0))
+        self._on_abandon = on_abandon
+        """Ends whatever a task may be waiting for, when its job is abandoned."""
         self._pool: ThreadPoolExecutor | None = None
 
     def run(self, task: Callable[[range], None], runs: Iterable[range], on_done: Callable[[range], None]) -> None:
@@ -37,10 +39,10 @@ class Workers:
     def start(self, task: Callable[[range], None], runs: Iterable[range]) -> Job:
         """As `run`, to be waited for later; what was started before is done first."""
         if self.count == 1:
-            return Job(task, runs, None)
+            return Job(task, runs, None, self._on_abandon)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="modelp2p-loader")
-        return Job(task, runs, self._pool)
+        return Job(task, runs, self._pool, self._on_abandon)
 
     def close(self) -> None:
         """End the threads. Idempotent."""
@@ -52,8 +54,15 @@ class Workers:
 class Job:
     """Runs under way. Whoever started it either waits for its end or abandons it: its tasks use the caller's buffers."""
 
-    def __init__(self, task: Callable[[range], None], runs: Iterable[range], pool: Executor | None) -> None:
+    def __init__(
+        self,
+        task: Callable[[range], None],
+        runs: Iterable[range],
+        pool: Executor | None,
+        on_abandon: Callable[[], None] | None = None,
+    ) -> None:
         self._task = task
+        self._on_abandon = on_abandon
         # One worker is the caller itself, when it waits.
         self._left = [] if pool is not None else list(runs)
         self._futures = [] if pool is None else [(run, pool.submit(task, run)) for run in runs]
@@ -83,6 +92,8 @@ class Job:
         self._left = []
         for _, future in self._futures:
             future.cancel()
+        if self._on_abandon is not None and not all(future.done() for _, future in self._futures):
+            self._on_abandon()
         wait([future for _, future in self._futures])
 
     def finish(self) -> None:

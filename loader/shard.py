@@ -126,6 +126,16 @@ def open_shard(source: SourceFile, table: PieceTable, decide: Callable[[SourceFi
     return Shard(source, table, way, header, len(data))
 
 
+def proven_header(shard: Shard, max_header_bytes: int) -> bytes:
+    """The bytes before the first tensor, read and proven again whatever the way says.
+
+    Raises:
+        IntegrityError: they are not what was signed.
+    """
+    data = _header_data(shard.source, shard.table, True, max_header_bytes)
+    return bytes(data[: shard.header.data_offset])
+
+
 @contextmanager
 def _naming(path: str) -> Iterator[None]:
     """Say in which file a header is bad: `protocol.safetensors` is given bytes and knows no names."""

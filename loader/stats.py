@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
@@ -12,7 +12,14 @@ class LoadStats:
     device: str = "cpu"
     verify: str = "auto"
     transfer: str = "mmap"
-    """The way the bytes took: `mmap` (views of the files), `copy` (at least one file was copied) or `cuda`."""
+    """The way the bytes took: `mmap` (views of the files), `copy` (at least one file was copied in memory) or `ring`
+    (page-locked host slots, then a slot on the device)."""
+    reader: str = ""
+    """How copies were read: `preadv`, `mmap`, `direct`, several joined by `+`; empty while there are only views."""
+    verifier: str = ""
+    """Who hashes what is handed out: `cuda-torch` or `cuda-nvrtc` (the bytes in device memory), `cpu`, or empty: nobody."""
+    fallbacks: list[str] = field(default_factory=list)
+    """Why a better way was not taken, in words."""
     tensors: int = 0
     """Tensors and slices handed out."""
     bytes: int = 0
@@ -27,5 +34,7 @@ class LoadStats:
     """Handed out as copies in memory of this process or on the device."""
     seconds: float = 0.0
     """Time spent inside the loader; what the caller does between two tensors does not count."""
+    rereads: int = 0
+    """Spans read again because they were bad."""
     refetches: int = 0
     """Pieces fetched again because they were bad."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from modelp2p.loader import load, open_release
-from modelp2p.loader.copier import CpuCopier
+from modelp2p.loader.device import HostDevice
 from modelp2p.loader.home import default_home
 from modelp2p.loader.locate import locate
 from modelp2p.loader.release import OpenRelease
@@ -27,6 +27,8 @@ from tests.releases import Home, bundle_of, publisher, write_files
 
 if TYPE_CHECKING:
     import torch
+
+    from modelp2p.loader.plan import Move
 
 FILE = "model-1.safetensors"
 
@@ -152,21 +154,21 @@ print(tensor.sum())
     assert done.returncode == -signal.SIGBUS
 
 
-class SwappingCopier(CpuCopier):
-    """Changes the file behind the loader's back after each window was proven."""
+class SwappingDevice(HostDevice):
+    """Changes the file behind the loader's back after each span was proven."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
 
-    def write(self, target: torch.Tensor, source: torch.Tensor) -> None:
+    def move(self, target: torch.Tensor, source: torch.Tensor, move: Move) -> None:
         flip(self.place, 100 + int(self.place.read_bytes()[100] & 1))
-        super().write(target, source)
+        super().move(target, source, move)
 
 
 def test_what_is_copied_is_what_was_hashed(home: Home, tree: Path, shards: dict[str, bytes]) -> None:
     located = locate("lab/model", publisher=None, home=default_home())
-    copier = SwappingCopier(tree / "model-2.safetensors")
-    with OpenRelease(located, copier, verify="cpu", mapping="pread", files="model-2.safetensors") as release:
+    device = SwappingDevice(tree / "model-2.safetensors")
+    with OpenRelease(located, device, verify="cpu", mapping="pread", files="model-2.safetensors") as release:
         tensor = release.tensor("d")
     data = shards["model-2.safetensors"]
     assert tensor.numpy().tobytes() == data[-3 * MIB :]

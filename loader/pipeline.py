@@ -1,0 +1,361 @@
+"""Tensors that are copies: spans of files through host slots onto a device, proven there, placed into what is handed out.
+
+    read into a host slot ─► upload into a device slot ─► prove there ─► move into tensors ─► hand out
+
+Several spans are under way at once, each in a lane of its own, each in its own one of these stages. Where this process's CPUs
+prove, they do it in the host slot right after reading; the rest is the same.
+
+Invariants:
+- bytes that were not found good never leave their slot, so a tensor, new or already the caller's, holds proven bytes only;
+- a tensor is handed out after all its spans were proven and its last move has ended; it shares no memory with any slot;
+- where the way of a file says not hashed, none of its tensors is handed out before all of it was read and found unchanged;
+- whatever ends the flow (an error, Ctrl-C, a caller who stops asking) waits for readers and device before memory is given back.
+
+A bad span is read again, since a page cache or a copy may have failed; then `on_bad` may repair the file; then it is an error.
+
+Memory beside the tensors: the lanes (`ring`), and a tensor as stored while it is cast.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from modelp2p.loader.gpu import Batch
+from modelp2p.loader.hashing import RUN_BYTES
+from modelp2p.loader.targets import Target, new_target
+from modelp2p.protocol.errors import IntegrityError
+from modelp2p.protocol.merkle import HASH_BYTES
+
+if TYPE_CHECKING:
+    import torch
+
+    from modelp2p.loader.device import Device, Event, Verdict
+    from modelp2p.loader.gpu import Verifier
+    from modelp2p.loader.hashing import Job, Workers
+    from modelp2p.loader.plan import Plan, Span, Want
+    from modelp2p.loader.readers import Reader
+    from modelp2p.loader.ring import Lane, Ring
+    from modelp2p.loader.shard import Shard
+
+REREADS = 2
+"""How often a bad span is read again before anybody is asked; each costs one span."""
+REPAIRS = 3
+"""How often one span is repaired: an answer of "try again" must not be able to go on for ever."""
+READ_ALIGNMENT = 1 << 20
+"""Reads are cut at multiples of this, where pieces do not say otherwise: blocks of any disk divide it."""
+
+OnBad = Callable[[str, int], bool]
+"""Told path and piece; returns whether the file was repaired, so that reading it again is worth while."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What a flow works with."""
+
+    device: Device
+    ring: Ring
+    workers: Workers
+    verifier: Verifier | None
+    """Who proves on the device; None: the workers do, in host memory."""
+    reader_of: Callable[[Shard], Reader]
+    on_bad: OnBad | None = None
+    on_reread: Callable[[], None] = lambda: None
+    on_repair: Callable[[int], None] = lambda pieces: None
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A span on its way."""
+
+    span: Span
+    lane: Lane
+    reading: Job
+    uploaded: Event | None = None
+    verdict: Verdict | None = None
+    moved: Event | None = None
+    made: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    kept: list[Target] = field(default_factory=list)
+    """What the device still casts from."""
+
+
+def flow(
+    shards: Sequence[Shard],
+    made: Plan,
+    tools: Tools,
+    on_span: Callable[[int, int], None],
+    target_of: Callable[[Device, Want, int], Target] | None = None,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each want of a plan, by number, and its tensor, as soon as all of it is proven and placed.
+
+    Args:
+        shards: the files of the plan.
+        made: the plan.
+        tools: device, staging and helpers.
+        on_span: told file number and bytes after each span.
+        target_of: where the want of that number is to be made; new memory by default.
+
+    Raises:
+        IntegrityError: a piece is bad and stays so, or a file changed; no tensor over it is handed out.
+    """
+    target_of = target_of or _new
+    for number in made.empty:
+        yield number, target_of(tools.device, made.wants[number], number).result
+    if not made.spans:
+        return
+    with tools.ring.lanes(made.largest) as lanes:
+        under_way = _Flow(shards, made, tools, on_span, target_of, lanes)
+        try:
+            yield from under_way.run()
+        finally:
+            # Before the lanes go back: readers write into host slots.
+            under_way.stop()
+
+
+class _Flow:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        made: Plan,
+        tools: Tools,
+        on_span: Callable[[int, int], None],
+        target_of: Callable[[Device, Want, int], Target],
+        lanes: Sequence[Lane],
+    ) -> None:
+        self._shards, self._plan, self._tools = shards, made, tools
+        self._on_span, self._target_of = on_span, target_of
+        self._todo = deque(made.spans)
+        self._free = list(lanes)
+        self._reading: deque[_Flight] = deque()
+        self._proving: deque[_Flight] = deque()
+        self._moving: deque[_Flight] = deque()
+        self._targets: dict[int, Target] = {}
+        self._layers: dict[int, torch.Tensor] = {}
+        self._left = {span.file: 0 for span in made.spans}
+        for span in made.spans:
+            self._left[span.file] += 1
+        self._held: list[tuple[int, torch.Tensor]] = []
+        self._at: _Flight | None = None
+        """What is being launched or judged, and is to blame if that fails."""
+
+    def run(self) -> Iterator[tuple[int, torch.Tensor]]:
+        try:
+            yield from self._run()
+        except IntegrityError:
+            if self._at is not None:
+                yield from self._before(self._at)
+            raise
+
+    def _run(self) -> Iterator[tuple[int, torch.Tensor]]:
+        while True:
+            self._at = None
+            while self._todo and self._free:
+                self._read(self._free.pop(), self._todo.popleft())
+            if self._moving and _event_of(self._moving[0].moved).is_done():
+                yield from self._finished(self._moving.popleft())
+            elif self._proving and _event_of(self._proving[0].verdict).is_done():
+                self._at = self._proving.popleft()
+                self._judge(self._at)
+            elif self._reading:
+                # Also where this has to wait: the next upload is worth more than an early hand-out.
+                self._at = self._reading.popleft()
+                self._launch(self._at)
+            elif self._proving:
+                self._at = self._proving.popleft()
+                self._judge(self._at)
+            elif self._moving:
+                yield from self._finished(self._moving.popleft())
+            else:
+                return
+
+    def _before(self, bad: _Flight) -> Iterator[tuple[int, torch.Tensor]]:
+        """Hand out what the spans before a bad one completed, so that how far a caller gets is no matter of timing."""
+        self._todo.clear()
+        # Never a later one: it may complete a tensor over the bad span.
+        self._proving = deque(flight for flight in self._proving if _place(flight) < _place(bad))
+        while self._proving:
+            self._judge(self._proving.popleft())
+        while self._moving:
+            yield from self._finished(self._moving.popleft())
+
+    def stop(self) -> None:
+        """Return when nobody reads into a host slot any more. Idempotent."""
+        for flight in self._reading:
+            flight.reading.abandon()
+
+    def _read(self, lane: Lane, span: Span) -> None:
+        self._reading.append(_Flight(span, lane, self._reading_of(lane, span)))
+
+    def _reading_of(self, lane: Lane, span: Span) -> Job:
+        """Read a span to the start of a host slot and, if the workers prove, prove every piece of it there."""
+        shard = self._shards[span.file]
+        table, reader = shard.table, self._tools.reader_of(shard)
+        is_proving = shard.way.is_hashed and self._tools.verifier is None
+        unit = table.piece_length if is_proving else READ_ALIGNMENT
+
+        def task(run: range) -> None:
+            for begin in range(run.start, run.stop, unit):
+                end = min(begin + unit, run.stop)
+                data = lane.view[begin - span.begin : end - span.begin]
+                reader.read_into(data, begin)
+                if is_proving:
+                    # While it is still in this core's cache.
+                    table.check(begin // table.piece_length, data)
+
+        # Small enough that every worker has a run, also where a span is only a few pieces.
+        units = -(-span.size // unit)
+        step = unit * max(1, min(RUN_BYTES // unit, -(-units // self._tools.workers.count)))
+        runs = [range(at, min(at + step, span.end)) for at in range(span.begin, span.end, step)]
+        return self._tools.workers.start(task, runs)
+
+    def _launch(self, flight: _Flight) -> None:
+        """What was read goes to the device, to be proven there or, proven already, to be placed."""
+        bad = self._ended(flight)
+        if not bad:
+            self._upload(flight)
+        else:
+            self._recover(flight, bad)
+        if flight.verdict is not None:
+            self._proving.append(flight)
+        else:
+            self._place(flight)
+
+    def _judge(self, flight: _Flight) -> None:
+        bad = self._judged(flight)
+        if bad:
+            self._recover(flight, bad)
+        self._place(flight)
+
+    def _ended(self, flight: _Flight) -> tuple[int, ...]:
+        """Wait for the readers; the piece they found bad, if any."""
+        try:
+            flight.reading.wait()
+        except IntegrityError as exc:
+            piece = exc.facts.get("piece")
+            if not isinstance(piece, int):
+                raise
+            return (piece,)
+        return ()
+
+    def _upload(self, flight: _Flight) -> None:
+        device, span, lane = self._tools.device, flight.span, flight.lane
+        shard = self._shards[span.file]
+        flight.uploaded = device.upload(lane.slot[: span.size], lane.host[: span.size])
+        if shard.way.is_hashed and self._tools.verifier is not None:
+            table = shard.table
+            layer = self._layer(span.file)[span.pieces.start * HASH_BYTES : span.pieces.stop * HASH_BYTES]
+            device.follow(flight.uploaded)
+            batch = Batch(span.size, table.piece_length, table.count == 1, layer)
+            flight.verdict = device.verify(self._tools.verifier, lane.slot, batch)
+
+    def _judged(self, flight: _Flight) -> tuple[int, ...]:
+        """Wait for the device's verdict; the pieces it found bad."""
+        if flight.verdict is None:
+            return ()
+        flight.verdict.wait()
+        return tuple(flight.span.pieces[number] for number in flight.verdict.bad())
+
+    def _recover(self, flight: _Flight, bad: tuple[int, ...]) -> None:
+        """Read a span again until it is good, with help in between.
+
+        Raises:
+            IntegrityError: it stays bad.
+        """
+        rereads = repairs = 0
+        while bad:
+            if rereads < REREADS:
+                rereads += 1
+                self._tools.on_reread()
+            elif repairs < REPAIRS and self._is_repaired(flight, bad):
+                repairs, rereads = repairs + 1, 0
+                self._tools.on_repair(len(bad))
+            else:
+                self._refuse(flight, bad[0])
+            flight.reading = self._reading_of(flight.lane, flight.span)
+            bad = self._ended(flight)
+            if not bad:
+                self._upload(flight)
+                bad = self._judged(flight)
+
+    def _is_repaired(self, flight: _Flight, bad: tuple[int, ...]) -> bool:
+        shard = self._shards[flight.span.file]
+        if self._tools.on_bad is None or not all([self._tools.on_bad(shard.table.path, piece) for piece in bad]):
+            return False
+        for other in self._reading:
+            other.reading.finish()
+        # A repair puts a new inode in the place of the old one.
+        shard.close_reader()
+        shard.source.reopen()
+        return True
+
+    def _refuse(self, flight: _Flight, piece: int) -> None:
+        table, span = self._shards[flight.span.file].table, flight.span
+        begin, end = table.span(range(piece, piece + 1))
+        table.check(piece, flight.lane.view[begin - span.begin : end - span.begin])
+        # What was read is right, and its copy on the device was not, each time.
+        raise IntegrityError(
+            f"'{table.path}': piece {piece} is good in this machine's memory and differs on {self._tools.device.device}",
+            hint="The device or the way to it is broken, or another process writes to its memory: see dmesg and nvidia-smi.",
+            path=table.path,
+            piece=piece,
+            begin=begin,
+            end=end,
+        )
+
+    def _place(self, flight: _Flight) -> None:
+        """Order the moves of a span that is good."""
+        device, span = self._tools.device, flight.span
+        device.follow(_event_of(flight.uploaded))
+        for move in span.moves:
+            target = self._targets.get(move.want)
+            if target is None:
+                target = self._targets[move.want] = self._target_of(device, self._plan.wants[move.want], move.want)
+            device.move(target.memory, flight.lane.slot, move)
+        for want in span.completes:
+            target = self._targets.pop(want)
+            if target.stored is not None:
+                device.cast(target.result, target.stored)
+            flight.made.append((want, target.result))
+            flight.kept.append(target)
+        flight.moved = device.mark()
+        self._moving.append(flight)
+
+    def _finished(self, flight: _Flight) -> Iterator[tuple[int, torch.Tensor]]:
+        """Wait for the moves of a span, give its lane on, and hand out what it completed."""
+        _event_of(flight.moved).wait()
+        span = flight.span
+        self._free.append(flight.lane)
+        if self._todo:
+            # Before the caller gets the tensors and takes its time with them.
+            self._read(self._free.pop(), self._todo.popleft())
+        self._left[span.file] -= 1
+        self._held += flight.made
+        shard = self._shards[span.file]
+        self._on_span(span.file, span.size)
+        if not shard.way.is_hashed:
+            if self._left[span.file]:
+                return
+            shard.source.check_unchanged()
+        ready, self._held = self._held, []
+        yield from ready
+
+    def _layer(self, file: int) -> torch.Tensor:
+        """The expected piece hashes of a file, on the device."""
+        if file not in self._layers:
+            self._layers = {file: self._tools.device.constant(self._shards[file].table.layer)}
+        return self._layers[file]
+
+
+def _place(flight: _Flight) -> tuple[int, int]:
+    return flight.span.file, flight.span.begin
+
+
+def _event_of(event: Event | None) -> Event:
+    assert event is not None, "a flight is only where the stage before put it"
+    return event
+
+
+def _new(device: Device, want: Want, number: int) -> Target:
+    return new_target(device, want)

@@ -1,0 +1,242 @@
+"""A CUDA device without hardware, as unkind as the model allows: work is done late, and out of order between streams.
+
+It fails the test (AssertionError) when
+- two pieces of work that touch the same bytes are not ordered by a stream or an event (a race);
+- a host slot changes before its upload has ended;
+- a verdict is read that nobody waited for;
+- with `proves`, anything is moved out of a slot whose latest content was not found good by this process;
+- `check_handed_out` is given a tensor that work still writes to, or that lies in staging.
+
+Fresh memory, and a slot that is about to be written again, hold `POISON`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from modelp2p.loader.device import Event, page_aligned
+from modelp2p.loader.gpu import Batch, HostVerifier, Verifier
+from modelp2p.loader.strided import copy_strided
+from modelp2p.protocol.errors import ModelP2PError
+
+if TYPE_CHECKING:
+    from modelp2p.loader.plan import Move
+
+POISON = 0xA5
+Extent = tuple[int, int]
+"""Addresses of bytes, half-open."""
+
+
+def extent_of(tensor: torch.Tensor) -> Extent:
+    storage = tensor.untyped_storage()
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def overlap(left: Sequence[Extent], right: Sequence[Extent]) -> bool:
+    return any(a < d and c < b for a, b in left for c, d in right)
+
+
+@dataclass
+class Work:
+    """Something ordered on a stream."""
+
+    number: int
+    name: str
+    reads: list[Extent]
+    writes: list[Extent]
+    after: list[FakeEvent]
+    perform: Callable[[], None]
+
+
+class FakeCuda:
+    """The `Device` twin. `seed` decides who is late; `fails_at` is the number of a piece of work that breaks the device."""
+
+    is_host = False
+    transfer = "ring"
+
+    def __init__(
+        self, seed: int = 0, *, slot_bytes: int = 2 << 20, slots: int = 3, proves: bool = False, fails_at: int | None = None
+    ) -> None:
+        self.device = torch.device("cpu")
+        self.slot_bytes, self.slots = slot_bytes, slots
+        self.issued = self.most_pending = self.drained = 0
+        self.locked: list[torch.Tensor] = []
+        self._random = random.Random(seed)
+        self._queues: dict[str, deque[Work]] = {"upload": deque(), "work": deque()}
+        self._performed = {"upload": 0, "work": 0}
+        self._after: list[FakeEvent] = []
+        self._proves, self._fails_at = proves, fails_at
+        self._staging: list[torch.Tensor] = []
+        self._good: list[Extent] = []
+
+    @property
+    def pending(self) -> list[Work]:
+        return [work for queue in self._queues.values() for work in queue]
+
+    def verifier(self) -> Verifier:
+        return HostVerifier()
+
+    def host_slot(self, size_bytes: int, *, is_locked: bool = True) -> torch.Tensor:
+        memory = page_aligned(size_bytes)
+        self.locked += [memory] if is_locked else []
+        return self._staged(memory)
+
+    def slot(self, host: torch.Tensor) -> torch.Tensor:
+        return self._staged(torch.empty_like(host))
+
+    def allocate(self, size_bytes: int) -> torch.Tensor:
+        return torch.full((size_bytes,), POISON, dtype=torch.uint8)
+
+    def adopt(self) -> None:
+        return
+
+    def constant(self, data: bytes) -> torch.Tensor:
+        return torch.tensor(bytearray(data), dtype=torch.uint8)
+
+    def upload(self, slot: torch.Tensor, host: torch.Tensor) -> FakeEvent:
+        assert slot.shape == host.shape
+        before = host.clone()
+
+        def perform() -> None:
+            assert torch.equal(before, host), "the host slot changed before its upload had ended"
+            slot.copy_(before)
+
+        self._good = [good for good in self._good if not overlap([good], [extent_of(slot)])]
+        self._order("upload", "poison", [], [slot], lambda: slot.fill_(POISON))
+        self._order("upload", "upload", [host], [slot], perform)
+        return FakeEvent(self, "upload")
+
+    def follow(self, event: Event) -> None:
+        assert isinstance(event, FakeEvent)
+        self._after.append(event)
+
+    def verify(self, verifier: Verifier, slot: torch.Tensor, batch: Batch) -> FakeVerdict:
+        bad = torch.zeros(batch.expected.numel() // 32, dtype=torch.int32)
+        covered = slot[: batch.size]
+        self._order("work", "verify", [covered, batch.expected], [bad], lambda: verifier.submit(slot, batch, bad))
+        return FakeVerdict(self, bad, extent_of(covered))
+
+    def move(self, target: torch.Tensor, source: torch.Tensor, move: Move) -> None:
+        begin = source.data_ptr() + move.source
+        read = (begin, begin + (move.count - 1) * move.source_stride + move.length)
+        is_staged = any(overlap([read], [extent_of(memory)]) for memory in self._staging)
+        if self._proves and is_staged:
+            assert any(low <= read[0] and read[1] <= high for low, high in self._good), "moved what was not proven"
+        self._order("work", "move", [source], [target], lambda: copy_strided(target, source, move))
+
+    def cast(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        def perform() -> None:
+            target.copy_(source)
+
+        self._order("work", "cast", [source], [target], perform)
+
+    def mark(self) -> FakeEvent:
+        return FakeEvent(self, "work")
+
+    def drain(self) -> None:
+        self.drained += 1
+        while self.pending:
+            self.step()
+
+    def check_handed_out(self, tensor: torch.Tensor) -> None:
+        where = [extent_of(tensor)]
+        assert not any(overlap(where, work.writes) for work in self.pending), "handed out before it was made"
+        assert not any(overlap(where, [extent_of(memory)]) for memory in self._staging), "handed out a part of staging"
+
+    def step(self) -> None:
+        """Perform one piece of work that may be next."""
+        ready = [name for name, queue in self._queues.items() if queue and all(event.has_passed for event in queue[0].after)]
+        assert ready, "work waits for events that never come"
+        name = self._random.choice(ready)
+        work = self._queues[name].popleft()
+        for other in self.pending:
+            if other.number < work.number:
+                clash = overlap(work.writes, other.reads + other.writes) or overlap(work.reads, other.writes)
+                assert not clash, f"a race: {work.name} {work.number} ran before {other.name} {other.number}"
+        self._performed[name] += 1
+        if self._fails_at is not None and work.number >= self._fails_at:
+            self._queues = {stream: deque() for stream in self._queues}
+            self._performed = dict.fromkeys(self._performed, 1 << 60)
+            raise ModelP2PError("the fake device failed")
+        work.perform()
+
+    def step_some(self) -> None:
+        for _ in range(self._random.choice((0, 0, 1, 2))):
+            if self.pending:
+                self.step()
+
+    def has_performed(self, stream: str, count: int) -> bool:
+        return self._performed[stream] >= count
+
+    def ordered(self, stream: str) -> int:
+        return self._performed[stream] + len(self._queues[stream])
+
+    def found_good(self, where: Extent) -> None:
+        self._good.append(where)
+
+    def _order(
+        self,
+        stream: str,
+        name: str,
+        reads: Sequence[torch.Tensor],
+        writes: Sequence[torch.Tensor],
+        perform: Callable[[], object],
+    ) -> None:
+        after: list[FakeEvent] = []
+        if stream == "work":
+            after, self._after = self._after, []
+        extents = [extent_of(tensor) for tensor in reads], [extent_of(tensor) for tensor in writes]
+        self._queues[stream].append(Work(self.issued, name, *extents, after, lambda: (perform(), None)[1]))
+        self.issued += 1
+        self.most_pending = max(self.most_pending, len(self.pending))
+
+    def _staged(self, memory: torch.Tensor) -> torch.Tensor:
+        self._staging.append(memory.fill_(POISON))
+        return memory
+
+
+class FakeEvent:
+    def __init__(self, owner: FakeCuda, stream: str) -> None:
+        self._owner, self._stream, self._count = owner, stream, owner.ordered(stream)
+
+    @property
+    def has_passed(self) -> bool:
+        return self._owner.has_performed(self._stream, self._count)
+
+    def is_done(self) -> bool:
+        self._owner.step_some()
+        return self.has_passed
+
+    def wait(self) -> None:
+        while not self.has_passed:
+            self._owner.step()
+
+
+class FakeVerdict(FakeEvent):
+    def __init__(self, owner: FakeCuda, bad: torch.Tensor, where: Extent) -> None:
+        super().__init__(owner, "work")
+        self._bad, self._where = bad, where
+        self._was_seen = False
+
+    def is_done(self) -> bool:
+        self._was_seen = super().is_done() or self._was_seen
+        return self._was_seen
+
+    def wait(self) -> None:
+        super().wait()
+        self._was_seen = True
+
+    def bad(self) -> tuple[int, ...]:
+        assert self._was_seen, "a verdict was read that nobody waited for"
+        found = tuple(self._bad.nonzero().flatten().tolist())
+        if not found:
+            self._owner.found_good(self._where)
+        return found
