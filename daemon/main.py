@@ -152,6 +152,7 @@ async def _serve(node: Node, nursery: trio.Nursery, address: Path, given: Surrou
         await stop.wait()
         notifier.tell("STOPPING=1")
         inner.cancel_scope.cancel()
+    service.close()
 
 
 async def _serve_public(node: Node, nursery: trio.Nursery, service: Service, folder: Path) -> None:

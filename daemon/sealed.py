@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections import OrderedDict
+from collections.abc import Callable
 
 from modelp2p.daemon.diskerror import on_disk
 from modelp2p.protocol.errors import FormatError
@@ -20,6 +22,33 @@ def sealed(name: str, data: bytes) -> int:
             view = view[os.write(fd, view) :]
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     return fd
+
+
+class SealedCache:
+    """The last few memory files that were sent, by what is in them: who asks again gets the same memory, not more of it.
+
+    A client that never reads, or never closes, keeps what it was sent; without this a loop of requests would fill the machine.
+    Resources: one descriptor for each; `close` gives them back.
+    """
+
+    def __init__(self, capacity: int = 16) -> None:
+        self._capacity = capacity
+        self._kept: OrderedDict[bytes, int] = OrderedDict()
+
+    def get(self, key: bytes, name: str, make: Callable[[], bytes]) -> int:
+        """A descriptor of the file for `key`, whose content `make` gives where it is not kept; the caller closes it."""
+        if key not in self._kept:
+            self._kept[key] = sealed(name, make())
+            if len(self._kept) > self._capacity:
+                os.close(self._kept.popitem(last=False)[1])
+        self._kept.move_to_end(key)
+        with on_disk("cannot hand out a memory file"):
+            return os.dup(self._kept[key])
+
+    def close(self) -> None:
+        """Forget all of them."""
+        while self._kept:
+            os.close(self._kept.popitem()[1])
 
 
 def read_sealed(fd: int, limit_bytes: int) -> bytes:

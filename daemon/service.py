@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -20,7 +21,7 @@ from modelp2p.daemon.fetch import fetch, plan, resolve, stated, verify, wanted_o
 from modelp2p.daemon.following import Streams
 from modelp2p.daemon.jobs import Jobs, job_of
 from modelp2p.daemon.requests import FetchRequest, Target, flag, peers, rate, text, texts, timeout_s
-from modelp2p.daemon.sealed import read_sealed, sealed
+from modelp2p.daemon.sealed import SealedCache, read_sealed, sealed
 from modelp2p.protocol import layout
 from modelp2p.protocol.errors import NotFoundError, UsageError
 from modelp2p.protocol.manifest import encode_manifest
@@ -37,7 +38,10 @@ log = logging.getLogger(__name__)
 
 
 class Service:
-    """Dispatches calls to verbs."""
+    """Dispatches calls to verbs.
+
+    Resources: the memory files it sends; `close` gives them back.
+    """
 
     def __init__(self, node: Node, nursery: trio.Nursery, *, on_demand: bool, stop: Callable[[], None]) -> None:
         self._node = node
@@ -46,6 +50,7 @@ class Service:
         self._started = trio.current_time()
         self._jobs = Jobs(node, nursery, lambda: self.on_idle())
         self._streams = Streams(node, nursery)
+        self._manifests = SealedCache()
         self.on_idle: Callable[[], None] = lambda: None
         """Called when the last job without a client has ended."""
         self._verbs: dict[str, Callable[[Call], Awaitable[Answer]]] = {
@@ -77,6 +82,10 @@ class Service:
     def is_busy(self) -> bool:
         """Whether jobs without a client are running."""
         return self._jobs.running > 0
+
+    def close(self) -> None:
+        """No call comes any more."""
+        self._manifests.close()
 
     def take_up_jobs(self) -> None:
         """Go on with the detached fetches that an earlier daemon accepted."""
@@ -149,7 +158,6 @@ class Service:
         return Answer(await fetch(self._node, self._own(request), call.emit, source))
 
     async def _verify(self, call: Call) -> Answer:
-        timeout = call.args.get("timeout_s")
         return Answer(
             await verify_release(
                 self._node,
@@ -157,7 +165,7 @@ class Service:
                 call.emit,
                 repair=flag(call.args, "repair"),
                 peers=peers(call.args),
-                timeout_s=float(timeout) if isinstance(timeout, int) else self._node.config.fetch.timeout_s,
+                timeout_s=timeout_s(call.args, self._node.config.fetch.timeout_s),
             )
         )
 
@@ -246,10 +254,10 @@ class Service:
             "statements": len(self._node.library.about(entry.info_hash)),
         }
         # What was signed travels as it was signed: 10,000 files do not fit a frame.
-        contents = {"manifest": await trio.to_thread.run_sync(encode_manifest, release.manifest)}
+        fds = [self._manifests.get(entry.digest, "manifest", partial(encode_manifest, release.manifest))]
         if flag(call.args, "bundle_out"):
-            contents["bundle"] = encode_bundle(self._node.store.load_statement(entry.digest))
-        return Answer(result, tuple(sealed(name, data) for name, data in contents.items()))
+            fds.append(sealed("bundle", encode_bundle(self._node.store.load_statement(entry.digest))))
+        return Answer(result, tuple(fds))
 
     async def _trust_add(self, call: Call) -> Answer:
         pattern = text(call.args, "name")
