@@ -201,7 +201,7 @@ class ControlServer:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(session.cancel_on_hangup, nursery.cancel_scope)
-                nursery.start_soon(session.send_events, request.id, queued)
+                nursery.start_soon(session.send_events, request.id, queued, nursery.cancel_scope)
                 try:
                     self._gate.check_request(request.verb, request.args)
                     is_strangers = self._gate.is_public
@@ -256,9 +256,15 @@ class _Connection:
         taken, self._fds = tuple(self._fds[:count]), self._fds[count:]
         return taken
 
-    async def send_events(self, number: int, queued: trio.MemoryReceiveChannel[Map]) -> None:
-        async for body in queued:
-            await self.send(Event(number, body), ())
+    async def send_events(self, number: int, queued: trio.MemoryReceiveChannel[Map], scope: trio.CancelScope) -> None:
+        """Send what is queued; where the client does not take it any more, cancel `scope`."""
+        try:
+            async for body in queued:
+                await self.send(Event(number, body), ())
+        except (OSError, FormatError, trio.BrokenResourceError, trio.ClosedResourceError):
+            # An ordinary end: a client that hangs up does it while it is being told something, too.
+            self.is_gone = True
+            scope.cancel()
 
     async def cancel_on_hangup(self, scope: trio.CancelScope) -> None:
         """Cancel `scope` when the client closes; the peek leaves pipelined requests where they are."""

@@ -88,8 +88,9 @@ def test_tensors_come_while_the_fetch_is_running(pair: Pair) -> None:
             hurry(pair.node, "lab/stream")
     assert list(tensors) == [f"layer.{n}" for n in range(LAYERS)]
     assert all(same(tensors[name], tensor) for name, tensor in expected.items())
-    # By the daemon's own count, not by time: far from everything was here when the first one was.
-    assert seen[0] < size // 2, seen
+    # By the daemon's own count, not by time: not everything was here when the first one was. What was under way when the order
+    # was told, up to 16 MiB, comes before it, and a busy machine is seconds late.
+    assert seen[0] < size * 3 // 4, seen
     assert seen[LAYERS // 3] < size, seen
     wait_until(lambda: pair.node.release("lab/stream")["state"] == "seeding", 20)
     tree = Path(pair.node.ok("show", "lab/stream")["path"])
