@@ -154,13 +154,17 @@ def select(release: Release, request: FetchRequest, *, allow_code: bool) -> tupl
     return wanted
 
 
-async def wanted_of(release: Release, request: FetchRequest, *, allow_code: bool) -> tuple[str, ...]:
-    """`select` in a thread: a thousand globs over ten thousand paths are seconds.
+def _allows_code(node: Node, request: FetchRequest) -> bool:
+    return request.allow_code or node.config.policy.allow_code
+
+
+async def wanted_of(node: Node, release: Release, request: FetchRequest) -> tuple[str, ...]:
+    """`select` under this node's policy, in a thread: a thousand globs over ten thousand paths are seconds.
 
     Raises:
         UsageError, PolicyError: as `select`.
     """
-    return await trio.to_thread.run_sync(partial(select, release, request, allow_code=allow_code))
+    return await trio.to_thread.run_sync(partial(select, release, request, allow_code=_allows_code(node, request)))
 
 
 async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | None = None) -> Map:
@@ -173,8 +177,7 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
     started = trio.current_time()
     resolved = await resolve(node, request.target, request, emit)
     release = resolved.release
-    allow_code = request.allow_code or node.config.policy.allow_code
-    wanted = await wanted_of(release, request, allow_code=allow_code)
+    wanted = await wanted_of(node, release, request)
     shared = node.of(release.info_hash)
     link_peers = node.usable_peers(resolved.link.peers) if resolved.link else ()
     shared.peers = tuple(dict.fromkeys((*shared.peers, *request.peers, *link_peers)))
@@ -188,7 +191,7 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
         # What the owner fetched without serving it is not for others to serve.
         seed = request.seed and (was_seeding or not (request.is_strangers and folder.state.files))
         try:
-            work = _Work(node, shared, folder, request, wanted, allow_code, emit)
+            work = _Work(node, shared, folder, request, wanted, _allows_code(node, request), emit)
             adopted = await work.run(source)
             path = node.store.show_model(
                 release.manifest.name, release.publisher_id, release.info_hash, release.manifest.revision, named=resolved.is_named
@@ -236,7 +239,7 @@ async def plan(node: Node, request: FetchRequest, emit: Emit) -> tuple[Map, byte
     """
     resolved = await resolve(node, request.target, request, emit)
     release = resolved.release
-    wanted = await wanted_of(release, request, allow_code=request.allow_code or node.config.policy.allow_code)
+    wanted = await wanted_of(node, release, request)
     have = dict.fromkeys(wanted, 0)
     if node.store.path(layout.journal_of(release.info_hash)).exists():
         # Under the lock: a journal is opened by one task at a time.

@@ -20,6 +20,7 @@ import os
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -28,7 +29,6 @@ from modelp2p.daemon.beneath import open_beneath
 from modelp2p.daemon.control import Answer, Call
 from modelp2p.daemon.folder import ReleaseFolder
 from modelp2p.daemon.requests import Target, text
-from modelp2p.daemon.sealed import sealed
 from modelp2p.protocol import layout, streaming
 from modelp2p.protocol.errors import DeniedError, FormatError, NotFoundError, UnavailableError, UsageError
 from modelp2p.protocol.names import check_publisher_id
@@ -37,6 +37,7 @@ from modelp2p.protocol.ranges import Ranges
 if TYPE_CHECKING:
     from modelp2p.daemon.library import Entry
     from modelp2p.daemon.node import Node, Shared
+    from modelp2p.daemon.sealed import SealedCache
     from modelp2p.daemon.transfer import Transfer
     from modelp2p.protocol.codec import Map
     from modelp2p.protocol.statement import Release
@@ -79,9 +80,10 @@ class _Told:
 class Streams:
     """All streams of one node. Priorities of streams that have ended are taken back by tasks in `nursery`."""
 
-    def __init__(self, node: Node, nursery: trio.Nursery) -> None:
+    def __init__(self, node: Node, nursery: trio.Nursery, cache: SealedCache) -> None:
         self._node = node
         self._nursery = nursery
+        self._sealed = cache
         self._streams: dict[str, _Stream] = {}
         self._told: dict[bytes, _Told] = {}
 
@@ -111,7 +113,7 @@ class Streams:
         fds: list[int] = []
         try:
             for name, data in statement.files().items():
-                fds.append(sealed(name, data))
+                fds.append(self._sealed.get(entry.digest, name, partial(bytes, data)))
         except BaseException:
             for fd in fds:
                 os.close(fd)

@@ -33,10 +33,11 @@ class SealedCache:
 
     def __init__(self, capacity: int = 16) -> None:
         self._capacity = capacity
-        self._kept: OrderedDict[bytes, int] = OrderedDict()
+        self._kept: OrderedDict[tuple[bytes, str], int] = OrderedDict()
 
-    def get(self, key: bytes, name: str, make: Callable[[], bytes]) -> int:
-        """A descriptor of the file for `key`, whose content `make` gives where it is not kept; the caller closes it."""
+    def get(self, digest: bytes, name: str, make: Callable[[], bytes]) -> int:
+        """A descriptor of the file `name` of a statement, made by `make` where it is not kept; the caller closes it."""
+        key = (digest, name)
         if key not in self._kept:
             self._kept[key] = sealed(name, make())
             if len(self._kept) > self._capacity:

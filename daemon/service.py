@@ -49,8 +49,8 @@ class Service:
         self._stop = stop
         self._started = trio.current_time()
         self._jobs = Jobs(node, nursery, lambda: self.on_idle())
-        self._streams = Streams(node, nursery)
-        self._manifests = SealedCache()
+        self._sealed = SealedCache()
+        self._streams = Streams(node, nursery, self._sealed)
         self.on_idle: Callable[[], None] = lambda: None
         """Called when the last job without a client has ended."""
         self._verbs: dict[str, Callable[[Call], Awaitable[Answer]]] = {
@@ -85,7 +85,7 @@ class Service:
 
     def close(self) -> None:
         """No call comes any more."""
-        self._manifests.close()
+        self._sealed.close()
 
     def take_up_jobs(self) -> None:
         """Go on with the detached fetches that an earlier daemon accepted."""
@@ -120,7 +120,7 @@ class Service:
         # Everything that can be refused is refused while somebody listens.
         resolved = await resolve(self._node, request.target, request, call.emit)
         release = resolved.release
-        await wanted_of(release, request, allow_code=request.allow_code or self._node.config.policy.allow_code)
+        await wanted_of(self._node, release, request)
         await self._jobs.accept(job_of(resolved, request, self._node.config.fetch.timeout_s))
         path = self._node.store.model_path(
             release.manifest.name, release.publisher_id, release.manifest.revision, named=resolved.is_named
@@ -254,7 +254,7 @@ class Service:
             "statements": len(self._node.library.about(entry.info_hash)),
         }
         # What was signed travels as it was signed: 10,000 files do not fit a frame.
-        fds = [self._manifests.get(entry.digest, "manifest", partial(encode_manifest, release.manifest))]
+        fds = [self._sealed.get(entry.digest, "unsigned manifest", partial(encode_manifest, release.manifest))]
         if flag(call.args, "bundle_out"):
             fds.append(sealed("bundle", encode_bundle(self._node.store.load_statement(entry.digest))))
         return Answer(result, tuple(fds))

@@ -111,19 +111,24 @@ def load(
     makes them (see `OpenRelease.stream`). `progress`: called with bytes done and in all. The rest, and what it raises: see
     `open_release`.
     """
-    with open_release(
-        ref,
-        device,
-        verify=verify,
-        mapping=mapping,
-        files=files,
-        publisher=publisher,
-        home=home,
-        workers=workers,
-        reader=reader,
-        timeout=timeout,
-    ) as release:
-        return release.load(include, dtype, progress, plan=plan)
+    return dict(
+        stream(
+            ref,
+            device,
+            include=include,
+            dtype=dtype,
+            plan=plan,
+            verify=verify,
+            mapping=mapping,
+            files=files,
+            publisher=publisher,
+            home=home,
+            workers=workers,
+            reader=reader,
+            progress=progress,
+            timeout=timeout,
+        )
+    )
 
 
 def stream(

@@ -293,12 +293,11 @@ class OpenRelease:
         return f"<OpenRelease {self.name} of {len(self._parts)} tensors in {len(self._shards)} files on {self._device.device}>"
 
     def _open(self, entries: Sequence[FileEntry]) -> None:
-        missing = [entry.path for entry in entries if not os.path.exists(self._place(entry))]
         if self._arrivals is not None:
             indexes = [entry for entry in self.release.manifest.files if entry.path.endswith(SUFFIX)]
             # The first piece of each: nearly all headers end in it, and what is longer is asked for when it is known.
             self._arrivals.want([(e.path, 0, e.size) for e in indexes] + [(e.path, 0, min(e.size, 1)) for e in entries])
-        elif missing:
+        elif missing := [entry.path for entry in entries if not os.path.exists(self._place(entry))]:
             raise NotFoundError(
                 f"{self.name} is not complete here: {len(missing)} of {len(entries)} files are missing, first '{missing[0]}'",
                 hint=f"Fetch the rest: modelp2p fetch {self.name}",

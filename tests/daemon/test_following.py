@@ -21,6 +21,7 @@ from modelp2p.daemon.hashing import HashPool
 from modelp2p.daemon.library import Library
 from modelp2p.daemon.memory_swarm import MemoryNetwork, MemorySwarm
 from modelp2p.daemon.node import Node, Shared
+from modelp2p.daemon.sealed import SealedCache
 from modelp2p.daemon.store import Store
 from modelp2p.daemon.watching import turn
 from modelp2p.protocol import layout
@@ -148,7 +149,7 @@ async def world_of(store: Store, *, is_trusted: bool = True) -> AsyncIterator[Wo
     release = verify_statement(statement)
     node.library.add(statement, release)
     async with trio.open_nursery() as nursery:
-        yield World(node, swarm, Streams(node, nursery), release, node.of(release.info_hash))
+        yield World(node, swarm, Streams(node, nursery, SealedCache()), release, node.of(release.info_hash))
         nursery.cancel_scope.cancel()
 
 
