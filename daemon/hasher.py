@@ -1,8 +1,8 @@
-"""The process that reads files and hashes them: `python -m modelp2p.daemon.hasher FD`.
+"""The process that reads files and hashes them (`protocol.hashwork`), for the daemon and for the loader.
 
 Hashing 16 KiB leaves holds Python's lock between leaves, so threads do not add up; one process per core does. A worker
 holds no secret, opens no path and writes nothing: every request brings its own descriptor (SCM_RIGHTS), and the answer is
-digests. It imports only the standard library and three modules of protocol/, because there is one worker per core.
+digests. It imports only the standard library and a few modules of protocol/, because there is one worker per core.
 
 A file is mapped, not read: a copy out of the page cache costs as much as a third of the hash. The price is that a file which
 is cut short under a mapping, or a disk that fails, is no error but SIGBUS, and the end of this process; the pool tries once
@@ -31,14 +31,12 @@ from typing import TYPE_CHECKING
 from modelp2p.protocol import codec
 from modelp2p.protocol.errors import CorruptError, StoreError
 from modelp2p.protocol.framing import FrameDecoder, encode_frame
+from modelp2p.protocol.hashwork import MAX_REPLY_BYTES, MAX_REQUEST_BYTES
 from modelp2p.protocol.merkle import HASH_BYTES, LEAF_BYTES, leaf_hashes, root_of
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-MAX_REQUEST_BYTES = 4096
-# The layer of 64 MiB in 16 KiB pieces is 128 KiB; one request never covers more than the caps of HashPool allow.
-MAX_REPLY_BYTES = 1024 * 1024
 # Large enough for a disk to stream, small enough to stay in a core's cache between the read and the hash.
 BUFFER_BYTES = 1024 * 1024
 # Large enough that mapping costs nothing beside hashing, small enough to count for nothing in the memory of a process.
@@ -59,14 +57,17 @@ class Hasher:
         self._window_bytes = window_bytes
         self._flats: dict[str, tuple[_Hash, int]] = {}
 
-    def pieces(self, fd: int, file_size: int, piece_length: int, first: int, count: int) -> bytes:
+    def pieces(self, fd: int, file_size: int, piece_length: int, first: int, count: int, origin: int = 0) -> bytes:
         """The hashes of `count` pieces from `first`, 32 bytes each, as they stand in the layer of the file.
+
+        `fd` begins at byte `origin` of it.
 
         Raises:
             CorruptError: the file ends before the last of them.
         """
         pieces = _Pieces(file_size, piece_length)
-        self._read(fd, first * piece_length, min(file_size, (first + count) * piece_length), pieces.take)
+        begin, end = first * piece_length, min(file_size, (first + count) * piece_length)
+        self._read(fd, begin - origin, end - origin, pieces.take)
         return pieces.finish()
 
     def flat(self, fd: int, size: int, *, git: bool) -> tuple[bytes, bytes]:
@@ -186,8 +187,9 @@ def answer(hasher: Hasher, request: codec.Map, fd: int) -> codec.Map:
         match codec.take(request, "op", str, where):
             case "pieces":
                 size, length = codec.take(request, "size", int, where), codec.take(request, "piece_length", int, where)
+                origin = codec.take(request, "origin", int, where)
                 runs = (_pair(run) for run in codec.take(request, "runs", list, where))
-                return {"hashes": b"".join(hasher.pieces(fd, size, length, first, count) for first, count in runs)}
+                return {"hashes": b"".join(hasher.pieces(fd, size, length, first, count, origin) for first, count in runs)}
             case "flat":
                 plain, blob = hasher.flat(
                     fd, codec.take(request, "size", int, where), git=codec.take(request, "git", bool, where)
@@ -251,7 +253,7 @@ def serve(channel: socket.socket) -> None:
 
 def main() -> None:
     """Runs the worker on the inherited socket whose number is the only argument."""
-    # Ctrl-C goes to the whole foreground group; the daemon decides when workers end, by closing their sockets.
+    # Ctrl-C goes to the whole foreground group; who started the workers decides when they end, by closing their sockets.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # SIGBUS under a mapping is part of the plan, not a bug to leave a dump of somebody's weights for.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

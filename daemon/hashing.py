@@ -23,6 +23,7 @@ from modelp2p.daemon.diskerror import on_disk
 from modelp2p.daemon.hashpool import StateLostError, WorkerPool
 from modelp2p.protocol import codec
 from modelp2p.protocol.errors import ModelP2PError
+from modelp2p.protocol.hashwork import pieces_request
 from modelp2p.protocol.merkle import HASH_BYTES, pieces_in, root_of_layer
 
 Progress: TypeAlias = Callable[[int], None]
@@ -108,9 +109,7 @@ class HashPool(WorkerPool):
         for first, count in runs:
             if not 0 <= first <= first + count <= total:
                 raise ValueError(f"a file of {file_size} bytes has no pieces {first} to {first + count}")
-        pairs: list[codec.Value] = [[first, count] for first, count in runs]
-        request: codec.Map = {"op": "pieces", "size": file_size, "piece_length": piece_length, "runs": pairs}
-        hashes = codec.take(await self.ask(request, fd), "hashes", bytes)
+        hashes = codec.take(await self.ask(pieces_request(file_size, piece_length, runs), fd), "hashes", bytes)
         self._pieces += len(hashes) // HASH_BYTES
         self._bytes_read += sum(min(file_size, (first + count) * piece_length) - first * piece_length for first, count in runs)
         return hashes

@@ -24,6 +24,7 @@ import trio
 from modelp2p.daemon.diskerror import disk_error, on_disk
 from modelp2p.daemon.hashworker import WorkerDied, WorkerProcess
 from modelp2p.protocol.errors import CorruptError, ModelP2PError, StoreError
+from modelp2p.protocol.hashwork import READY
 
 if TYPE_CHECKING:
     from modelp2p.protocol import codec
@@ -149,7 +150,7 @@ class WorkerPool:
         """Starts up to `count` processes now: a tenth of a second that work about to come need not wait for."""
         for worker in self._workers[:count]:
             if worker.process is None and not worker.jobs and self._nursery is not None:
-                worker.jobs.append(_Job({"op": "ready"}, None))
+                worker.jobs.append(_Job(READY, None))
                 worker.wake.set()
 
     def start_key(self, key: str) -> None:
@@ -210,7 +211,7 @@ class WorkerPool:
         try:
             if worker.process is None:
                 worker.process = await WorkerProcess.start()
-            job.finish(await worker.process.ask({**job.request, "mapped": self.is_mapping}, job.fd))
+            job.finish(await worker.process.ask(job.request, job.fd, mapped=self.is_mapping))
         except WorkerDied:
             await self._bury(worker, job)
         except OSError as exc:

@@ -13,10 +13,10 @@ from typing import Self
 
 import trio
 
-from modelp2p.daemon.hasher import MAX_REPLY_BYTES, MAX_REQUEST_BYTES
 from modelp2p.protocol import codec
 from modelp2p.protocol.errors import FormatError
-from modelp2p.protocol.framing import FrameDecoder, encode_frame
+from modelp2p.protocol.framing import FrameDecoder
+from modelp2p.protocol.hashwork import MAX_REPLY_BYTES, WORKER, encode_request
 
 
 class WorkerDied(Exception):
@@ -43,7 +43,7 @@ class WorkerProcess:
         try:
             with theirs:
                 process = await trio.lowlevel.open_process(
-                    [sys.executable, "-m", "modelp2p.daemon.hasher", str(theirs.fileno())],
+                    [sys.executable, *WORKER, str(theirs.fileno())],
                     pass_fds=(theirs.fileno(),),
                     stdin=subprocess.DEVNULL,
                 )
@@ -52,13 +52,13 @@ class WorkerProcess:
             raise
         return cls(process, trio.socket.from_stdlib_socket(ours))
 
-    async def ask(self, request: codec.Map, fd: int | None) -> codec.Map:
+    async def ask(self, request: codec.Map, fd: int | None, *, mapped: bool) -> codec.Map:
         """The worker's reply to `request`, which takes a duplicate of `fd` with it.
 
         Raises:
             WorkerDied: instead of a reply.
         """
-        data = encode_frame(codec.pack(request), MAX_REQUEST_BYTES)
+        data = encode_request(request, mapped=mapped)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd is not None else []
         try:
             sent = await self._channel.sendmsg([data], rights)

@@ -1,12 +1,7 @@
-"""Work over pieces on all cores: the threads that read and hash.
+"""Work over pieces on all cores: the threads of a load.
 
-Threads, because hashlib frees the GIL for each 16 KiB leaf, a copy can be hashed where it lies, and nothing of the caller's
-program is forked or imported again. The price is hand-offs of the GIL: about 1,300 waits and 20 % more CPU time for 256 MiB.
-
-Measured on two cores that other work shared, 256 MiB, medians. Bare piece hashes, interleaved: 1.06 GB/s with one thread, 1.02
-with two, 1.26 with two forked processes. Whole loads: 1.11 GB/s with one thread, 1.27 with two.
-XX: these are too noisy to settle it; if an idle machine with more cores shows threads well below processes, hash mappings in
-worker processes.
+They read, copy, and wait for the processes that hash with them (`hashers`); hashing itself hardly adds up in threads, since each
+needs the interpreter's lock between two leaves.
 """
 
 from __future__ import annotations
@@ -20,7 +15,7 @@ RUN_BYTES = 8 << 20
 
 
 class Workers:
-    """A fixed number of threads, started when first needed. Close it, or use it in a `with` block."""
+    """A fixed number of threads, started when first needed. Close it."""
 
     def __init__(self, count: int | None = None, on_abandon: Callable[[], None] | None = None) -> None:
         self.count = count or len(os.sched_getaffinity(0))

@@ -26,7 +26,7 @@ from modelp2p.protocol import layout
 from modelp2p.protocol.errors import FormatError, NotFoundError, UnknownPublisherError, UntrustedError, UsageError
 from modelp2p.protocol.links import Link, parse_link
 from modelp2p.protocol.names import BundleRef, LinkRef, ModelName, NameRef, PublisherId, check_publisher_id, parse_ref
-from modelp2p.protocol.publisher import decode_chain
+from modelp2p.protocol.publisher import claimed_publisher
 from modelp2p.protocol.statement import MAX_BUNDLE_BYTES, Release, Statement, decode_bundle, verify_statement
 from modelp2p.protocol.trust import TrustBook, admit
 
@@ -62,8 +62,8 @@ class Believer:
         Raises:
             FormatError, UntrustedError: it proves nothing.
         """
-        publisher = decode_chain(statement.publisher).publisher_id
-        return verify_statement(statement, homes.chain_of(self.home, publisher))
+        publisher = claimed_publisher(statement.publisher)
+        return verify_statement(statement, homes.chain_of(self.home, publisher, unless=statement.publisher))
 
     def believes(self, release: Release) -> bool:
         """Return whether the pins give its name to its publisher, if the release may be loaded at all.

@@ -64,8 +64,22 @@ class PieceTable:
         Raises:
             IntegrityError: it is not. Facts: path, piece, begin, end (bytes of the file), expected, got.
         """
+        self._compare(piece, piece_hash(data, self.piece_length, self.size <= self.piece_length))
+
+    def check_run(self, pieces: range, data: memoryview) -> None:
+        """Return if `data`, exactly the bytes of consecutive pieces, is what the publisher signed; raises as `check`."""
+        first, _ = self.span(pieces)
+        for piece in pieces:
+            begin, end = self.span(range(piece, piece + 1))
+            self.check(piece, data[begin - first : end - first])
+
+    def compare_run(self, pieces: range, hashes: bytes) -> None:
+        """Return if `hashes`, 32 bytes for each of consecutive pieces, are the signed ones; raises as `check`."""
+        for number, piece in enumerate(pieces):
+            self._compare(piece, hashes[number * HASH_BYTES : (number + 1) * HASH_BYTES])
+
+    def _compare(self, piece: int, got: bytes) -> None:
         expected = self.layer[piece * HASH_BYTES : (piece + 1) * HASH_BYTES]
-        got = piece_hash(data, self.piece_length, self.size <= self.piece_length)
         if got != expected:
             begin, end = self.span(range(piece, piece + 1))
             raise IntegrityError(

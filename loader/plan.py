@@ -5,7 +5,8 @@ of one file, short enough for one slot. A **move** says which bytes of a span be
 
 Invariants, tested as laws:
 - every byte of every want is in exactly one move, at its place; no other byte is in any;
-- spans are whole pieces inside their file, at most one slot long, disjoint, in order; each piece in one is touched by a want;
+- spans are whole pieces inside their file, at most one slot long, disjoint; each piece in one is touched by a want;
+- they are in the order of files and bytes or, where wants have ranks, each as early as the first want it serves;
 - a want is completed by exactly one span, its last; wants without bytes are in no span (`Plan.empty`).
 
 Everything here is pure; it knows shapes and byte offsets, and no memory.
@@ -14,7 +15,7 @@ Everything here is pure; it knows shapes and byte offsets, and no memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from modelp2p.protocol.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from modelp2p.loader.order import Place
     from modelp2p.loader.parts import Part
     from modelp2p.loader.pieces import PieceTable
     from modelp2p.protocol.ranges import Ranges
@@ -159,13 +161,16 @@ class Plan:
         return max((span.size for span in self.spans), default=0)
 
 
-def plan(files: Sequence[PieceTable], wants: Sequence[Sequence[Want]], slot_bytes: int) -> Plan:
+def plan(
+    files: Sequence[PieceTable], wants: Sequence[Sequence[Want]], slot_bytes: int, rank: Callable[[Want], Place] | None = None
+) -> Plan:
     """How to make these wants.
 
     Args:
         files: in the order in which they are to be read.
         wants: what is wanted of each of them; tensors may be wanted twice.
         slot_bytes: limit of a span, but no span is shorter than a piece.
+        rank: what comes first, smallest first; by default the order of the files and of the bytes in them.
     """
     flat = tuple(want for of_file in wants for want in of_file)
     spans: list[Span] = []
@@ -174,6 +179,8 @@ def plan(files: Sequence[PieceTable], wants: Sequence[Sequence[Want]], slot_byte
         numbered = [(first + n, want.rows) for n, want in enumerate(of_file) if want.size]
         spans += _spans(number, table, sorted(numbered, key=_place), slot_bytes)
         first += len(of_file)
+    if rank is not None:
+        spans = _ranked(spans, [rank(want) for want in flat])
     return Plan(flat, tuple(spans), tuple(n for n, want in enumerate(flat) if not want.size))
 
 
@@ -201,6 +208,15 @@ def _spans(number: int, table: PieceTable, wants: Sequence[tuple[int, Rows]], sl
         moves = tuple(move for want, rows in active for move in _moves(want, rows, begin, end))
         yield Span(number, pieces, begin, end, moves, tuple(want for want, rows in active if rows.end <= end))
         active = [(want, rows) for want, rows in active if rows.end > end]
+
+
+def _ranked(spans: Sequence[Span], ranks: Sequence[Place]) -> list[Span]:
+    ordered = sorted(spans, key=lambda span: (min(ranks[move.want] for move in span.moves), span.file, span.begin))
+    last: dict[int, int] = {move.want: at for at, span in enumerate(ordered) for move in span.moves}
+    return [
+        replace(span, completes=tuple(dict.fromkeys(move.want for move in span.moves if last[move.want] == at)))
+        for at, span in enumerate(ordered)
+    ]
 
 
 def _stretches(rows: Rows, piece_length: int) -> Iterator[tuple[int, int]]:

@@ -156,9 +156,7 @@ def _header_data(source: SourceFile, table: PieceTable, is_hashed: bool, max_hea
         view = memoryview(data)
         source.read_into(view[begin:], begin)
         if is_hashed:
-            for piece in table.over(begin, wanted):
-                first, last = table.span(range(piece, piece + 1))
-                table.check(piece, view[first:last])
+            table.check_run(table.over(begin, wanted), view[begin:])
         needed = header_bytes(view, table.size, max_header_bytes)
         view.release()
         wanted = max(wanted, min(-(-needed // step) * step, table.size))

@@ -41,6 +41,10 @@ class SourceFile:
             self.close()
             raise
 
+    def fileno(self) -> int:
+        """The descriptor; it stays the source's own."""
+        return self._fd
+
     def read_into(self, target: memoryview, offset: int) -> None:
         """Fill `target` with the file's bytes from `offset` on. Thread-safe; the GIL is free while it reads.
 

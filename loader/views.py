@@ -17,19 +17,21 @@ from modelp2p.loader.hashing import Workers, pieces_per_run
 from modelp2p.loader.pieces import runs_of
 
 if TYPE_CHECKING:
+    from modelp2p.loader.hashers import Hashers
     from modelp2p.loader.parts import Part
     from modelp2p.loader.shard import Shard
 
 
 def view_parts(
-    shard: Shard, parts: Sequence[Part], workers: Workers, on_bytes: Callable[[int], None]
+    shard: Shard, parts: Sequence[Part], workers: Workers, hashers: Hashers, on_bytes: Callable[[int], None]
 ) -> list[tuple[Part, torch.Tensor, bool]]:
     """Each part, its tensor, and whether that is a view (else a copy, made because the file does not align it).
 
     Args:
         shard: of a way that says view.
         parts: stretches of it.
-        workers: who hashes.
+        workers: threads that hash.
+        hashers: processes that hash.
         on_bytes: told how many bytes were hashed, after each run.
 
     Raises:
@@ -39,20 +41,31 @@ def view_parts(
         shard.mapped = shard.source.mapping()
     data = shard.mapped
     if shard.way.is_hashed:
-        _prove(shard, data, parts, workers, on_bytes)
+        _prove(shard, data, parts, workers, hashers, on_bytes)
     tensors = [_tensor(data, part) for part in parts]
     shard.source.check_unchanged()
     return tensors
 
 
-def _prove(shard: Shard, data: memoryview, parts: Sequence[Part], workers: Workers, on_bytes: Callable[[int], None]) -> None:
-    table = shard.table
+def _prove(
+    shard: Shard,
+    data: memoryview,
+    parts: Sequence[Part],
+    workers: Workers,
+    hashers: Hashers,
+    on_bytes: Callable[[int], None],
+) -> None:
+    table, source = shard.table, shard.source
     needed = table.covering((part.begin, part.end) for part in parts).minus(shard.checked)
 
     def task(run: range) -> None:
-        for piece in run:
-            begin, end = table.span(range(piece, piece + 1))
-            table.check(piece, data[begin:end])
+        # Most truncations become an error here; hashing a mapping that was cut short is SIGBUS.
+        source.check_size()
+        if (hashes := hashers.hashes(source.fileno(), table.size, table.piece_length, run)) is not None:
+            table.compare_run(run, hashes)
+        else:
+            begin, end = table.span(run)
+            table.check_run(run, data[begin:end])
 
     def on_done(run: range) -> None:
         begin, end = table.span(run)

@@ -123,10 +123,16 @@ def decode_chain(data: bytes) -> RootChain:
     Raises:
         FormatError, UntrustedError: see `verify_chain`.
     """
-    documents = codec.unpack(data, max_bytes=MAX_CHAIN_BYTES)
-    if not isinstance(documents, list) or not all(isinstance(document, bytes) for document in documents):
-        raise FormatError("publisher file: expected an array of root documents")
-    return verify_chain([document for document in documents if isinstance(document, bytes)])
+    return verify_chain(_documents(data))
+
+
+def claimed_publisher(data: bytes) -> PublisherId:
+    """Whose chain a `publisher` file would be if it held. Nothing is verified: it only says which chain to compare it with.
+
+    Raises:
+        FormatError: no array of documents.
+    """
+    return publisher_id_of(_documents(data)[0])
 
 
 def newer_chain(first: RootChain, second: RootChain) -> RootChain:
@@ -162,6 +168,16 @@ def tuf_key(key: PublicKey) -> SSlibKey:
 def keyid_of(key: PublicKey) -> str:
     """The 64-hex TUF key id of a public key."""
     return tuf_key(key).keyid
+
+
+def _documents(data: bytes) -> list[bytes]:
+    documents = codec.unpack(data, max_bytes=MAX_CHAIN_BYTES)
+    if not isinstance(documents, list) or not documents:
+        raise FormatError("publisher file: expected an array of root documents")
+    found = [document for document in documents if isinstance(document, bytes)]
+    if len(found) != len(documents):
+        raise FormatError("publisher file: expected an array of root documents")
+    return found
 
 
 def _parse_root(document: bytes) -> Metadata[Root]:

@@ -26,16 +26,21 @@ STOCK_S = 10.0
 """Stock settings would take minutes for a GiB; their rate is taken over this long."""
 
 
-def make_model(folder: Path, size: int, shards: int = 4) -> None:
-    """Random shards (never zeros) of `size` bytes in all, and a small config."""
+def make_model(folder: Path, size: int, shards: int = 4, tensors: int = 1) -> None:
+    """Random shards (never zeros) of `size` bytes in all, each of so many equal tensors, and a small config."""
     folder.mkdir(parents=True)
     for shard in range(shards):
         generator = random.Random(shard)
         with (folder / f"model-{shard + 1:05}-of-{shards:05}.safetensors").open("wb") as file:
-            left = size // shards
-            header = json.dumps({"w": {"dtype": "U8", "shape": [left], "data_offsets": [0, left]}}).encode()
+            each = size // shards // tensors
+            layout = {
+                f"layers.{shard * tensors + n}.w": {"dtype": "U8", "shape": [each], "data_offsets": [n * each, (n + 1) * each]}
+                for n in range(tensors)
+            }
+            header = json.dumps(layout).encode()
             header += b" " * (-len(header) % 8)
             file.write(len(header).to_bytes(8, "little") + header)
+            left = each * tensors
             while left:
                 chunk = min(left, 16 << 20)
                 file.write(generator.randbytes(chunk))

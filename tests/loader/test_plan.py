@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from modelp2p.loader.parts import Part
 from modelp2p.loader.pieces import PieceTable
 from modelp2p.loader.plan import Move, Plan, Want, cut_of, pieces_under, plan
 from modelp2p.protocol.errors import UsageError
+
+if TYPE_CHECKING:
+    from modelp2p.loader.order import Place
 
 PIECE = 64
 """No piece length of a torrent: the planner only divides by it, and laws over every byte want few bytes."""
@@ -121,6 +125,26 @@ def test_a_want_is_complete_with_its_last_span_and_not_before(
         with_bytes = [n for n, span in enumerate(made.spans) if any(move.want == want for move in span.moves)]
         assert with_bytes[-1] == number
     assert all(made.wants[want].size == 0 for want in made.empty)
+
+
+@given(files(), st.integers(1, 5 * PIECE), st.permutations(range(4)))
+def test_ranks_move_spans_to_the_first_want_they_serve_and_change_nothing_else(
+    given_files: tuple[list[PieceTable], list[list[Want]]], slot: int, ranks: list[int]
+) -> None:
+    def rank(want: Want) -> Place:
+        return ranks[int(want.part.name[-1])], ()
+
+    plain, made = plan(*given_files, slot), plan(*given_files, slot, rank)
+    order = [min(rank(made.wants[move.want]) for move in span.moves) for span in made.spans]
+    assert order == sorted(order)
+    assert sorted((span.file, span.begin, span.moves) for span in made.spans) == [
+        (span.file, span.begin, span.moves) for span in plain.spans
+    ]
+    for number, span in enumerate(made.spans):
+        for want in {move.want for move in span.moves}:
+            is_last = not any(move.want == want for later in made.spans[number + 1 :] for move in later.moves)
+            assert (want in span.completes) == is_last
+        assert len(set(span.completes)) == len(span.completes)
 
 
 def matrix(rows: int, columns: int, begin: int = 0) -> Part:

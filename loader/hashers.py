@@ -1,0 +1,169 @@
+"""Worker processes that hash beside this one: SHA-256 of 16 KiB leaves in threads of one Python does not add up.
+
+Between two leaves a thread needs the interpreter's lock; two threads hash 1.2 to 1.5 times as fast as one, one thread and one
+worker process twice as fast. So there is one process less than there are cores, and this process hashes as well, from the
+first byte on, while the others start. They are the daemon's (`protocol.hashwork`): separate programs, no forks of this one.
+
+Invariants:
+- a worker gets descriptors and returns digests; what they should be is compared here;
+- "hash it yourself" (None) is always a possible answer: no worker is free, could be started, or lives any more;
+- after `close` no process is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import subprocess
+import sys
+import threading
+
+from modelp2p.protocol import codec
+from modelp2p.protocol.errors import FormatError
+from modelp2p.protocol.framing import FrameDecoder
+from modelp2p.protocol.hashwork import MAX_REPLY_BYTES, READY, WORKER, encode_request, pieces_request
+
+WORTH_BYTES = 128 << 20
+"""To hash so much keeps one process busy for about as long as it takes to start: 0.1 s of one core."""
+
+
+class Hashers:
+    """Up to `limit` worker processes. Thread-safe; each serves one thread at a time."""
+
+    def __init__(self, limit: int, worth_bytes: int = WORTH_BYTES) -> None:
+        self._limit = limit
+        self._worth = worth_bytes
+        self._lock = threading.Lock()
+        self._all: list[_Process] = []
+        self._free: list[_Process] = []
+        self.trouble = ""
+        """Why there are fewer workers than there could be; empty while all is well."""
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that run now."""
+        return [process.pid for process in self._all]
+
+    def warm(self, size_bytes: int) -> None:
+        """Start as many processes as hashing `size_bytes` is worth, and wait for none."""
+        with self._lock:
+            while not self.trouble and len(self._all) < min(self._limit, size_bytes // self._worth):
+                try:
+                    process = _Process()
+                except OSError as exc:
+                    self.trouble = f"no process could be started to hash with: {exc.strerror}"
+                    return
+                self._all.append(process)
+                self._free.append(process)
+
+    def hashes(self, fd: int, file_size: int, piece_length: int, pieces: range, origin: int = 0) -> bytes | None:
+        """The hashes of consecutive pieces, 32 bytes each, or None: the caller has to hash them.
+
+        Args:
+            fd: the file, or a stretch of it in memory.
+            file_size: of the file.
+            piece_length: bytes.
+            pieces: which of the file.
+            origin: the byte of the file that `fd` begins with.
+        """
+        with self._lock:
+            process = next((process for process in self._free if process.is_ready()), None)
+            if process is None:
+                return None
+            self._free.remove(process)
+        request = pieces_request(file_size, piece_length, [(pieces.start, len(pieces))], origin)
+        try:
+            reply = process.ask(request, fd)
+        except (OSError, EOFError, FormatError):
+            # Also where a mapping ended in SIGBUS: whoever hashes in its place finds out what is wrong with the file.
+            reply = {}
+        except BaseException:
+            self._bury(process)
+            raise
+        hashes = reply.get("hashes")
+        if not isinstance(hashes, bytes):
+            self._bury(process)
+            return None
+        with self._lock:
+            self._free.append(process)
+        return hashes
+
+    def close(self) -> None:
+        """End all processes. Nobody may be waiting for one. Idempotent."""
+        with self._lock:
+            ended, self._all, self._free = self._all, [], []
+        for process in ended:
+            process.close()
+
+    def _bury(self, process: _Process) -> None:
+        with self._lock:
+            self.trouble = self.trouble or "a process that hashed ended, or could not read; this one hashes in its place"
+            if process in self._all:
+                self._all.remove(process)
+        process.close()
+
+
+class _Process:
+    """One worker: one request, one answer.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+
+    def __init__(self) -> None:
+        self._channel, theirs = socket.socketpair()
+        self._decoder = FrameDecoder(MAX_REPLY_BYTES)
+        try:
+            with theirs:
+                self._popen = subprocess.Popen(
+                    [sys.executable, *WORKER, str(theirs.fileno())],
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+            self._channel.sendall(encode_request(READY, mapped=True))
+        except BaseException:
+            self._channel.close()
+            raise
+        self._has_answered = False
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def is_ready(self) -> bool:
+        """Whether it runs, or has failed to: either way a request will be answered at once."""
+        # Not `select`, which knows no descriptors above 1,023.
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        if not self._has_answered and poll.poll(0):
+            self._has_answered = True
+            with contextlib.suppress(OSError, EOFError, FormatError):
+                self._answer()
+        return self._has_answered
+
+    def ask(self, request: codec.Map, fd: int) -> codec.Map:
+        """The worker's answer.
+
+        Raises:
+            OSError, EOFError, FormatError: it is gone, or speaks nonsense.
+        """
+        data = encode_request(request, mapped=True)
+        sent = socket.send_fds(self._channel, [data], [fd])
+        self._channel.sendall(data[sent:])
+        return self._answer()
+
+    def close(self) -> None:
+        self._channel.close()
+        # It has nothing to save.
+        self._popen.kill()
+        self._popen.wait()
+
+    def _answer(self) -> codec.Map:
+        while (frame := self._decoder.next_frame()) is None:
+            received = self._channel.recv(65536)
+            if not received:
+                raise EOFError
+            self._decoder.receive_data(received)
+        return codec.unpack_map(frame, max_bytes=MAX_REPLY_BYTES)

@@ -1,0 +1,159 @@
+"""Processes that hash for a load: the same digests as hashlib, and no load that depends on them."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load as oracle
+
+from modelp2p.loader.hashers import Hashers
+from modelp2p.loader.hashing import Workers
+from modelp2p.loader.parts import part_of
+from modelp2p.loader.pieces import PieceTable
+from modelp2p.loader.shard import Way, open_shard
+from modelp2p.loader.source import SourceFile
+from modelp2p.loader.views import view_parts
+from modelp2p.protocol.errors import IntegrityError
+from modelp2p.protocol.merkle import LEAF_BYTES, piece_hash, pieces_in
+from modelp2p.protocol.statement import verify_statement
+from tests.loader.models import file_of
+from tests.releases import statement_of
+
+PIECE = 2 * LEAF_BYTES
+SIZE = 7 * PIECE + 5
+
+
+@pytest.fixture
+def data() -> bytes:
+    return random.Random(3).randbytes(SIZE)
+
+
+@pytest.fixture
+def fd(tmp_path: Path, data: bytes) -> Iterator[int]:
+    (tmp_path / "file").write_bytes(data)
+    opened = os.open(tmp_path / "file", os.O_RDONLY)
+    yield opened
+    os.close(opened)
+
+
+@pytest.fixture
+def hashers() -> Iterator[Hashers]:
+    found = Hashers(2, worth_bytes=1)
+    yield found
+    found.close()
+
+
+def layer_of(data: bytes) -> bytes:
+    return b"".join(piece_hash(data[at : at + PIECE], PIECE, len(data) <= PIECE) for at in range(0, len(data), PIECE))
+
+
+def ready(hashers: Hashers, fd: int) -> bytes:
+    """Wait until a process answers; the hashes of all pieces."""
+    while (found := hashers.hashes(fd, SIZE, PIECE, range(pieces_in(SIZE, PIECE)))) is None:
+        assert hashers.pids, hashers.trouble
+    return found
+
+
+def is_running(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.slow
+def test_a_process_gives_the_hashes_of_the_layer(hashers: Hashers, fd: int, data: bytes) -> None:
+    hashers.warm(1)
+    assert ready(hashers, fd) == layer_of(data)
+    assert hashers.hashes(fd, SIZE, PIECE, range(6, 8)) == layer_of(data)[6 * 32 :]
+    assert not hashers.trouble
+
+
+@pytest.mark.slow
+def test_a_stretch_of_a_file_in_memory_is_hashed_as_that_stretch(hashers: Hashers, fd: int, data: bytes) -> None:
+    hashers.warm(1)
+    ready(hashers, fd)
+    staging = os.memfd_create("staging")
+    with os.fdopen(staging, "wb") as file:
+        file.write(data[6 * PIECE :])
+        file.flush()
+        assert hashers.hashes(staging, SIZE, PIECE, range(6, 8), 6 * PIECE) == layer_of(data)[6 * 32 :]
+
+
+def test_little_work_starts_no_process(fd: int) -> None:
+    hashers = Hashers(4)
+    hashers.warm(100 << 20)
+    assert hashers.pids == []
+    assert hashers.hashes(fd, SIZE, PIECE, range(1)) is None
+
+
+@pytest.mark.slow
+def test_no_more_processes_are_started_than_allowed_and_none_is_left(hashers: Hashers) -> None:
+    hashers.warm(1)
+    hashers.warm(1 << 30)
+    pids = hashers.pids
+    assert len(pids) == 2
+    hashers.close()
+    assert hashers.pids == []
+    assert not any(is_running(pid) for pid in pids)
+
+
+@pytest.mark.slow
+def test_the_work_of_a_killed_process_is_given_back(hashers: Hashers, fd: int) -> None:
+    hashers.warm(1)
+    ready(hashers, fd)
+    (pid,) = hashers.pids
+    os.kill(pid, signal.SIGKILL)
+    assert hashers.hashes(fd, SIZE, PIECE, range(1)) is None
+    assert "ended" in hashers.trouble
+    hashers.warm(1 << 30)
+    assert hashers.pids == [], "no second one is started where the first one died"
+
+
+@pytest.mark.slow
+def test_a_file_cut_short_is_no_hash(hashers: Hashers, fd: int, tmp_path: Path) -> None:
+    hashers.warm(1)
+    ready(hashers, fd)
+    os.truncate(tmp_path / "file", 6 * PIECE)
+    assert hashers.hashes(fd, SIZE, PIECE, range(5, 8)) is None
+
+
+def test_where_no_process_can_be_started_the_caller_hashes(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    hashers = Hashers(2, worth_bytes=1)
+    hashers.warm(1 << 30)
+    assert "could be started" in hashers.trouble
+    assert hashers.hashes(fd, SIZE, PIECE, range(1)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_bad", [False, True])
+def test_views_are_proven_by_processes(hashers: Hashers, tmp_path: Path, is_bad: bool) -> None:
+    signed = file_of(a=3_000_000)
+    release = verify_statement(statement_of({"m.safetensors": signed}))
+    (entry,) = release.manifest.files
+    table = PieceTable.of(entry, release.manifest.piece_length, release.layers.of(entry))
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(signed[:-1] + bytes([signed[-1] ^ is_bad]))
+    shard = open_shard(SourceFile(str(path), entry), table, lambda _: Way(is_view=True, is_hashed=True), 1 << 20)
+    hashers.warm(1)
+    while hashers.hashes(shard.source.fileno(), table.size, table.piece_length, range(1)) is None:
+        assert hashers.pids, hashers.trouble
+    parts = [part_of(info, shard.header) for info in shard.header.tensors]
+    counted: list[int] = []
+    # One worker, the caller itself, so that every run goes to the process that is ready.
+    workers = Workers(1)
+    if is_bad:
+        with pytest.raises(IntegrityError) as caught:
+            view_parts(shard, parts, workers, hashers, counted.append)
+        assert caught.value.facts["piece"] == table.count - 1
+    else:
+        ((part, tensor, is_view),) = view_parts(shard, parts, workers, hashers, counted.append)
+        assert (part.name, is_view) == ("a", True)
+        assert torch.equal(tensor, oracle(signed)["a"])
+        assert sum(counted) == table.size
+    shard.close()
