@@ -57,7 +57,6 @@ def load(
             # Dropped before the release closes: views of its files end with it.
             count = len(tensors)
             del tensors
-    speed = stats.bytes / stats.seconds if stats.seconds > 0 else 0.0
     if app.as_json:
         emit_json(
             {
@@ -67,7 +66,7 @@ def load(
                 "bytes": stats.bytes,
                 "verified_bytes": stats.verified_bytes,
                 "seconds": round(stats.seconds, 6),
-                "gb_per_s": round(speed / 1e9, 3),
+                "gb_per_s": round(stats.bytes_per_s / 1e9, 3),
                 "transfer": stats.transfer,
                 "verify": stats.verify,
                 "recorded_bytes": stats.recorded_bytes,
@@ -75,6 +74,8 @@ def load(
                 "copied_bytes": stats.copied_bytes,
                 "reader": stats.reader,
                 "verifier": stats.verifier,
+                "rereads": stats.rereads,
+                "refetches": stats.refetches,
                 "fallbacks": stats.fallbacks,
             }
         )
@@ -94,7 +95,8 @@ def load(
             ("Recorded", f"{size_text(stats.recorded_bytes)} on the daemon's word" if stats.recorded_bytes else ""),
             ("Unverified", size_text(stats.unverified_bytes) if stats.unverified_bytes else ""),
             ("Transfer", f"{stats.transfer}, read by {stats.reader}" if stats.reader else stats.transfer),
+            ("Repaired", f"{stats.refetches} bad pieces fetched again" if stats.refetches else ""),
             *(("Note", reason) for reason in stats.fallbacks),
-            ("Time", f"{stats.seconds:.3f} s, {rate_text(speed)}"),
+            ("Time", f"{stats.seconds:.3f} s, {rate_text(stats.bytes_per_s)}"),
         ]
     )

@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,9 +18,14 @@ from modelp2p.cli.progress import progress_of
 from modelp2p.cli.refs import ref_args, typed_ref
 from modelp2p.cli.results import Row
 from modelp2p.cli.units import percent_text, size_text, time_text
-from modelp2p.protocol.errors import Kind
+from modelp2p.protocol.errors import Kind, UsageError
 from modelp2p.protocol.names import NameRef
+from modelp2p.protocol.selection import wanted_paths
 from modelp2p.protocol.text import printable
+
+if TYPE_CHECKING:
+    from modelp2p.cli.connection import Client
+    from modelp2p.protocol.codec import Map, Value
 
 
 @click.command()
@@ -85,14 +91,17 @@ def show(app: App, ref: str, bundle: str | None) -> None:
 @click.command()
 @click.argument("ref")
 @click.option("--repair", is_flag=True, help="Fetch again what is bad.")
+@click.option("--include", multiple=True, metavar="GLOB", help="Only files that match; may be repeated.")
 @peer_option
 @client_options
 @pass_app
-def verify(app: App, ref: str, repair: bool, peers: Sequence[str]) -> int:
+def verify(app: App, ref: str, repair: bool, include: tuple[str, ...], peers: Sequence[str]) -> int:
     """Read REF back from disk and check every byte against the signed hashes. Exit 4 if any is bad."""
     with ref_args(typed_ref(ref)) as (args, fds), daemon(app) as client, progress_of(app) as progress:
-        args = {**args, "repair": repair, "peers": list(peers)}
-        result = Row(client.call("verify", args, fds, progress.on_event).result)
+        asked: Map = {**args, "repair": repair, "peers": list(peers)}
+        if include:
+            asked["only"] = _matching(client, ref, args, fds, include)
+        result = Row(client.call("verify", asked, fds, progress.on_event).result)
     ok, bad = result.flag("ok"), result.rows("bad")
     if app.as_json:
         emit_json(result.first("name", "ok", "bad"))
@@ -141,6 +150,23 @@ def gc(app: App, dry_run: bool) -> None:
     for item in result.texts("removed"):
         out(printable(item))
     say(app, f"{size_text(result.number('freed'))} {'would be freed' if dry_run else 'freed'}")
+
+
+def _matching(client: Client, ref: str, args: Map, fds: Sequence[int], include: tuple[str, ...]) -> list[Value]:
+    """The files of a release that any of these globs selects.
+
+    Raises:
+        UsageError: none.
+    """
+    from modelp2p.cli.shown import shown
+    from modelp2p.protocol.manifest import MAX_MANIFEST_BYTES
+
+    reply = client.call("show", args, fds)
+    files = shown(reply.result, reply.read_fds(MAX_MANIFEST_BYTES)).rows("files")
+    chosen = wanted_paths({item.text("path"): item.number("size") for item in files}, include, ())
+    if not chosen:
+        raise UsageError(f"no file of {ref} matches", hint="'modelp2p show' lists its files.")
+    return list(chosen)
 
 
 def _show(result: Row) -> None:

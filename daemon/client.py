@@ -6,7 +6,8 @@ Invariants:
 - descriptors received in a `Reply` belong to the caller; those sent stay the caller's;
 - closing the connection during a call cancels the call (a fetch pauses when its last client leaves).
 
-It deliberately has no timeouts on calls: progress and giving up are the daemon's to judge, and a dead daemon is end of file.
+A call waits for ever unless it is told how much silence is too much: progress and giving up are the daemon's to judge, and a dead
+daemon is end of file.
 """
 
 from __future__ import annotations
@@ -189,16 +190,32 @@ class Client:
         """Pid of the daemon this client brought, or None."""
         return self._started.pid if self._started else None
 
-    def call(self, verb: str, args: Map, fds: Sequence[int] = (), on_event: Callable[[Map], None] | None = None) -> Reply:
+    def call(
+        self,
+        verb: str,
+        args: Map,
+        fds: Sequence[int] = (),
+        on_event: Callable[[Map], None] | None = None,
+        *,
+        silence_s: float | None = None,
+    ) -> Reply:
         """Ask `verb` and wait for its result, handing each event to `on_event` as it comes.
+
+        Args:
+            verb: what to do.
+            args: of the verb.
+            fds: descriptors to send along.
+            on_event: told the progress.
+            silence_s: how long neither event nor result may come; then nothing more can be called, and what is left is to close.
 
         Raises:
             ModelP2PError: whatever the daemon answered.
-            DaemonError: the connection broke.
+            DaemonError: the connection broke, or the daemon was silent for too long.
         """
         number = self._next_id
         self._next_id += 1
         try:
+            self._socket.settimeout(silence_s)
             self._send(Request(number, verb, args, len(fds)), fds)
             while True:
                 message = self._receive()
@@ -212,6 +229,8 @@ class Client:
                         raise message.error()
                     case _:
                         continue  # the tail of an earlier, abandoned call
+        except TimeoutError as exc:
+            raise DaemonError(f"the daemon said nothing for {silence_s:g} s", hint="It may be stopped or stuck.") from exc
         except OSError as exc:
             raise DaemonError(f"the connection to the daemon broke: {exc.strerror or exc}") from exc
 

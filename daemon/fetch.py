@@ -167,8 +167,17 @@ async def wanted_of(node: Node, release: Release, request: FetchRequest) -> tupl
     return await trio.to_thread.run_sync(partial(select, release, request, allow_code=_allows_code(node, request)))
 
 
-async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | None = None) -> Map:
+async def fetch(
+    node: Node, request: FetchRequest, emit: Emit, source: Source | None = None, *, only: tuple[str, ...] = ()
+) -> Map:
     """Fetch a release; see the module. Returns the result of docs/DESIGN.md.
+
+    Args:
+        node: whose store it goes to.
+        request: what is asked for.
+        emit: told the progress.
+        source: bytes to adopt.
+        only: these files, whatever the request selects, as a repair needs; what the journal calls asked for stays that.
 
     Raises:
         ModelP2PError: with everything proven kept.
@@ -177,7 +186,7 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
     started = trio.current_time()
     resolved = await resolve(node, request.target, request, emit)
     release = resolved.release
-    wanted = await wanted_of(node, release, request)
+    wanted = only or await wanted_of(node, release, request)
     shared = node.of(release.info_hash)
     link_peers = node.usable_peers(resolved.link.peers) if resolved.link else ()
     shared.peers = tuple(dict.fromkeys((*shared.peers, *request.peers, *link_peers)))
@@ -191,7 +200,7 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
         # What the owner fetched without serving it is not for others to serve.
         seed = request.seed and (was_seeding or not (request.is_strangers and folder.state.files))
         try:
-            work = _Work(node, shared, folder, request, wanted, _allows_code(node, request), emit)
+            work = _Work(node, shared, folder, request, wanted, _allows_code(node, request), emit, keeps_selection=bool(only))
             adopted = await work.run(source)
             path = node.store.show_model(
                 release.manifest.name, release.publisher_id, release.info_hash, release.manifest.revision, named=resolved.is_named
@@ -204,7 +213,8 @@ async def fetch(node: Node, request: FetchRequest, emit: Emit, source: Source | 
                 await node.seed_locked(release.info_hash)
                 shared.error = exc.message
             raise
-        except trio.Cancelled:
+        except BaseException:
+            # Cancelled, often in a group with others: nurseries below wrap what they raise.
             if was_seeding:
                 node.seed_soon(shared)
             raise
@@ -276,6 +286,8 @@ class _Work:
         wanted: tuple[str, ...],
         allow_code: bool,
         emit: Emit,
+        *,
+        keeps_selection: bool,
     ) -> None:
         self.node = node
         self.shared = shared
@@ -284,6 +296,7 @@ class _Work:
         self.wanted = wanted
         self.allow_code = allow_code
         self.emit = emit
+        self.keeps_selection = keeps_selection
         self.from_peers = 0
         self.from_web = 0
         self.reused = 0
@@ -313,12 +326,22 @@ class _Work:
             self._select()
         if set(folder.state.files) != before or not folder.state.complete:
             self.emit({"phase": "linking"})
-            await trio.to_thread.run_sync(folder.complete)
+            await trio.to_thread.run_sync(self._finish)
         return adopted
+
+    def _finish(self) -> None:
+        """Journal that all is here, where it is: a repair may leave out what an interrupted fetch still misses."""
+        known = self.folder.state.selection
+        if self.keeps_selection and known is not None and not set(known.wanted) <= set(self.folder.state.files):
+            self.folder.save_record()
+        else:
+            self.folder.complete()
 
     def _select(self) -> None:
         """Journal what is wanted; what others fetch is added to what the owner asked for, and does not replace it."""
         known, request = self.folder.state.selection, self.request
+        if self.keeps_selection:
+            return
         if known is None or not request.is_strangers:
             self.folder.select(Selection(request.include, request.exclude, self.wanted))
         elif not set(self.wanted) <= set(known.wanted):

@@ -162,12 +162,15 @@ class Node:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Route swarm events and watch served files, until cancelled."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            nursery.start_soon(self._watch)
-            task_status.started()
-            async for event in self.swarm.events:
-                await self._route(event)
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._watch)
+                task_status.started()
+                async for event in self.swarm.events:
+                    await self._route(event)
+        finally:
+            self._nursery = None
 
     def route(self, info_hash: bytes, route: Route) -> None:
         """Send events about a torrent, and about the engine, to `route`."""
@@ -193,9 +196,12 @@ class Node:
                 await self.seed_locked(info_hash)
 
     def seed_soon(self, shared: Shared) -> None:
-        """`seed` in a task of the node: for those who cannot wait for the lock, whose holder may be waiting for them."""
-        assert self._nursery is not None
-        self._nursery.start_soon(self._seed_again, shared)
+        """`seed` in a task of the node: for those who cannot wait for the lock, whose holder may be waiting for them.
+
+        Nothing where the node is at its end, as it is when what it did is cancelled with it.
+        """
+        if self._nursery is not None and not self._nursery.cancel_scope.cancel_called:
+            self._nursery.start_soon(self._seed_again, shared)
 
     async def seed_locked(self, info_hash: bytes) -> None:
         """`seed`, for those who hold the content's lock."""

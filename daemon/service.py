@@ -13,7 +13,7 @@ import trio
 
 from modelp2p.daemon import publish_verbs
 from modelp2p.daemon.adopting import Source
-from modelp2p.daemon.checking import verify_release
+from modelp2p.daemon.checking import MAX_ONLY, verify_release
 from modelp2p.daemon.cleaning import collect_garbage, remove_release
 from modelp2p.daemon.config import config_to_toml
 from modelp2p.daemon.control import Answer, Call
@@ -166,6 +166,7 @@ class Service:
                 repair=flag(call.args, "repair"),
                 peers=peers(call.args),
                 timeout_s=timeout_s(call.args, self._node.config.fetch.timeout_s),
+                only=texts(call.args, "only", MAX_ONLY),
             )
         )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,13 +13,16 @@ from modelp2p.loader.device import device_for
 from modelp2p.loader.following import follow
 from modelp2p.loader.home import default_home
 from modelp2p.loader.locate import locate
-from modelp2p.loader.release import OpenRelease, Progress
-from modelp2p.protocol.errors import NotFoundError
+from modelp2p.loader.release import OpenRelease
+from modelp2p.loader.repairing import DaemonRepair
+from modelp2p.protocol.errors import IntegrityError, NotFoundError
 from modelp2p.protocol.safetensors import DEFAULT_MAX_HEADER_BYTES
 
 if TYPE_CHECKING:
     import torch
 
+    from modelp2p.loader.delivery import Progress
+    from modelp2p.loader.locate import Located
     from modelp2p.loader.pipeline import OnBad
     from modelp2p.loader.plan import Cuts
 
@@ -53,8 +57,9 @@ def open_release(
         workers: threads that read and hash; all cores by default.
         max_header_bytes: limit of one file's header.
         reader: `auto`, `preadv`, `mmap` or `direct` (see `readers`).
-        on_bad: repairs a bad piece (see `OpenRelease`).
-        timeout: seconds without a newly proven piece after which the wait for a fetch ends.
+        on_bad: repairs a bad piece (see `OpenRelease`), also one that a file is opened with. By default the home's daemon does,
+            but not of what it is still fetching (see `DaemonRepair`).
+        timeout: seconds without a newly proven piece after which the wait for a fetch, or for a repair, ends.
 
     Raises:
         NotFoundError: the release, or one of its files, is not here, and nobody fetches it.
@@ -74,15 +79,14 @@ def open_release(
         workers=workers,
         max_header_bytes=max_header_bytes,
         reader=reader,
-        on_bad=on_bad,
     )
     try:
-        return open_located(locate(ref, publisher=publisher, home=place))
+        return _open_here(open_located, partial(locate, ref, publisher=publisher, home=place), on_bad, place, timeout)
     except NotFoundError as exc:
         absent = exc
     located, arrivals = follow(ref, publisher=publisher, home=place, timeout_s=timeout, absent=absent)
     try:
-        return open_located(located, arrivals=arrivals)
+        return open_located(located, on_bad=on_bad, arrivals=arrivals)
     except BaseException:
         arrivals.close()
         raise
@@ -102,6 +106,7 @@ def load(
     home: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     reader: str = "auto",
+    on_bad: OnBad | None = None,
     progress: Progress | None = None,
     timeout: float = DEFAULT_TIMEOUT_S,
 ) -> dict[str, torch.Tensor]:
@@ -125,6 +130,7 @@ def load(
             home=home,
             workers=workers,
             reader=reader,
+            on_bad=on_bad,
             progress=progress,
             timeout=timeout,
         )
@@ -145,6 +151,7 @@ def stream(
     home: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     reader: str = "auto",
+    on_bad: OnBad | None = None,
     progress: Progress | None = None,
     timeout: float = DEFAULT_TIMEOUT_S,
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -162,6 +169,33 @@ def stream(
         home=home,
         workers=workers,
         reader=reader,
+        on_bad=on_bad,
         timeout=timeout,
     ) as release:
         yield from release.stream(include, dtype, progress, plan=plan)
+
+
+def _open_here(
+    open_located: Callable[..., OpenRelease], locate_it: Callable[[], Located], on_bad: OnBad | None, home: str, timeout_s: float
+) -> OpenRelease:
+    """The release that is here. A piece that is bad already when its file is opened is read again, and then repaired once."""
+    met: Counter[tuple[str, int]] = Counter()
+    while True:
+        # Anew each time: a repair changes the record, and with it the way the file takes.
+        located = locate_it()
+        repair = DaemonRepair(located, home, timeout_s)
+        mend = repair if on_bad is None else on_bad
+        try:
+            opened = open_located(located, on_bad=mend)
+        except IntegrityError as exc:
+            path, piece = exc.facts.get("path"), exc.facts.get("piece")
+            if not isinstance(path, str) or not isinstance(piece, int):
+                raise
+            met[path, piece] += 1
+            if met[path, piece] == 1 or (met[path, piece] == 2 and mend(path, piece)):
+                continue
+            raise repair.explained(exc) from exc
+        repair.on_refusal = opened.stats.fallbacks.append
+        opened.stats.rereads += len(met)
+        opened.stats.refetches += sum(count > 1 for count in met.values())
+        return opened

@@ -16,7 +16,9 @@ from modelp2p.loader.parts import Part
 from modelp2p.loader.pipeline import flow
 from modelp2p.loader.plan import pieces_under
 from modelp2p.loader.plan import plan as plan_of
+from modelp2p.loader.repairing import DaemonRepair
 from modelp2p.loader.views import view_parts
+from modelp2p.protocol.errors import IntegrityError
 
 if TYPE_CHECKING:
     import torch
@@ -108,10 +110,15 @@ class Delivery:
         made = plan_of([shard.table for shard in shards], [wants for _, wants in files], slot_bytes, rank)
         if self.arrivals is not None:
             self.arrivals.want((shards[span.file].table.path, span.begin, span.end) for span in made.spans)
-        for number, tensor in flow(
-            shards, made, self.tools, lambda file, size: self._count(shards[file], size, meter), target_of
-        ):
-            yield made.wants[number], owners[number], tensor, False
+        try:
+            for number, tensor in flow(
+                shards, made, self.tools, lambda file, size: self._count(shards[file], size, meter), target_of
+            ):
+                yield made.wants[number], owners[number], tensor, False
+        except IntegrityError as exc:
+            if isinstance(self.tools.on_bad, DaemonRepair):
+                raise self.tools.on_bad.explained(exc) from exc
+            raise
 
     def _count(self, shard: Shard, size: int, meter: _Meter) -> None:
         if shard.way.is_hashed:

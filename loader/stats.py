@@ -38,3 +38,8 @@ class LoadStats:
     """Spans read again because they were bad."""
     refetches: int = 0
     """Pieces fetched again because they were bad."""
+
+    @property
+    def bytes_per_s(self) -> float:
+        """How fast tensors were handed out; 0 before the first."""
+        return self.bytes / self.seconds if self.seconds > 0 else 0.0

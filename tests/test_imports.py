@@ -40,9 +40,11 @@ HOMES = {
     "click": ("cli/",),
     "rich": ("cli/",),
     "platformdirs": ("cli/", "daemon/"),
+    "transformers": ("loader/transformers.py",),
+    "vllm": ("loader/vllm.py",),
 }
 # Oracles and baselines of tests and benchmarks; the product has strict parsers and clients of its own.
-NOWHERE = frozenset({"safetensors", "huggingface_hub", "transformers", "requests", "numpy"})
+NOWHERE = frozenset({"safetensors", "huggingface_hub", "requests", "numpy"})
 
 # The client, and what it needs of the daemon's room: any process may import these cheaply.
 STDLIB_ONLY = frozenset({"daemon/client.py", "daemon/lock.py", "daemon/diskerror.py"})
@@ -70,6 +72,8 @@ def imports_of(tree: ast.AST) -> Iterator[Import]:
         elif isinstance(node, ast.ImportFrom):
             source = "." * node.level + (node.module or "")
             yield from (Import(f"{source}.{alias.name}", node.lineno, when) for alias in node.names)
+        elif (module := _by_name(node)) is not None:
+            yield Import(module, node.lineno, when)
         elif _is_type_checking(node):
             yield from (found for child in node.body for found in walk(child, "types"))
             yield from (found for child in node.orelse for found in walk(child, when))
@@ -136,6 +140,14 @@ def _is_in(module: str, names: tuple[str, ...]) -> bool:
     return any(module == name or module.startswith(f"{name}.") for name in names)
 
 
+def _by_name(node: ast.AST) -> str | None:
+    """The module in `import_module("a.b")`, for packages that are not installed where types are checked."""
+    match node:
+        case ast.Call(func=ast.Name(id="import_module"), args=[ast.Constant(value=str(module))]):
+            return module
+    return None
+
+
 def _is_type_checking(node: ast.AST) -> TypeIs[ast.If]:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
@@ -180,6 +192,11 @@ PLANTED = {
     "torch outside the loader": ("daemon/service.py", "import torch", "torch"),
     "cryptography in trust rules": ("protocol/publisher.py", "import cryptography.x509", "cryptography"),
     "tuf in the daemon": ("daemon/trust.py", "from tuf.api.metadata import Root", "tuf.api.metadata"),
+    "transformers by name outside its door": (
+        "loader/api.py",
+        "def f():\n    return import_module('transformers.models').BertModel",
+        "transformers.models",
+    ),
     "the oracle in the product": ("loader/api.py", "from safetensors import safe_open", "safetensors"),
 }
 

@@ -151,6 +151,19 @@ def test_verify_is_exit_4_when_a_byte_is_bad(capsys: pytest.CaptureFixture[str])
     assert body["bad"] == [{"path": "a.safetensors", "piece": 3}]
 
 
+def test_verify_of_some_files_names_them_to_the_daemon(capsys: pytest.CaptureFixture[str]) -> None:
+    (shard,) = SHOWN_MANIFEST.files
+    files = tuple(replace(shard, path=path) for path in ("a.safetensors", "b.safetensors", "c.json"))
+    daemon = FakeDaemon({"verify": VERIFIED, "show": shows(manifest=replace(SHOWN_MANIFEST, files=files))})
+    assert modelp2p("verify", "lab/model", "--include", "a*", "--include", "*.json", daemon=daemon) == 0
+    assert [asked.verb for asked in daemon.asked] == ["show", "verify"]
+    assert daemon.asked[1].args == {"ref": "lab/model", "repair": False, "peers": [], "only": ["a.safetensors", "c.json"]}
+    capsys.readouterr()
+    assert modelp2p("verify", "lab/model", "--include", "*.gguf", daemon=daemon) == 2
+    assert "no file of lab/model matches" in capsys.readouterr().err
+    assert len(daemon.asked) == 3
+
+
 def test_rm_asks_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     daemon = FakeDaemon({"rm": {"name": "lab/model", "revision": REVISION, "freed": 3_000_000}})
     assert modelp2p("rm", "lab/model", daemon=daemon) == 0
