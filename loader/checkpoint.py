@@ -15,24 +15,22 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from modelp2p.loader.documents import read_document
 from modelp2p.loader.home import default_home
 from modelp2p.loader.index import check_index
 from modelp2p.loader.locate import locate
 from modelp2p.loader.pieces import PieceTable
 from modelp2p.loader.source import SourceFile
-from modelp2p.protocol.errors import FormatError, NotFoundError
+from modelp2p.protocol.errors import NotFoundError
 
 if TYPE_CHECKING:
     import torch
 
     from modelp2p.loader.release import OpenRelease
-    from modelp2p.protocol.manifest import FileEntry
     from modelp2p.protocol.statement import Release
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_DOCUMENT_BYTES = 64 << 20
-"""The largest tokenizers have 40 MB."""
 
 
 def open_checkpoint(
@@ -70,7 +68,8 @@ def weight_files(release: Release, directory: str) -> list[str] | None:
     """
     paths = {entry.path for entry in release.manifest.files}
     roots = [path for path in sorted(paths) if path.endswith(".safetensors") and "/" not in path]
-    if INDEX in paths and (data := document(release, directory, INDEX)) is not None:
+    if INDEX in paths:
+        data = proven(release, directory, INDEX)
         check_index(INDEX, data, paths)
         roots = sorted(set(cast("dict[str, str]", json.loads(data)["weight_map"]).values()))
     elif SINGLE in roots:
@@ -79,8 +78,8 @@ def weight_files(release: Release, directory: str) -> list[str] | None:
     return [glob.escape(path) for path in roots] or None
 
 
-def document(release: Release, directory: str, path: str) -> bytes | None:
-    """The proven bytes of a small file; None where the release has none of that name.
+def proven(release: Release, directory: str, path: str) -> bytes:
+    """The proven bytes of a small file of the release.
 
     Args:
         release: the believed release.
@@ -88,27 +87,11 @@ def document(release: Release, directory: str, path: str) -> bytes | None:
         path: of the file, in both.
 
     Raises:
-        NotFoundError: it is signed and not here.
+        NotFoundError: it is not here.
         IntegrityError: it is not what was signed.
         FormatError: no small file is that large.
     """
-    entry = next((entry for entry in release.manifest.files if entry.path == path), None)
-    return None if entry is None else proven(release, directory, entry)
-
-
-def proven(release: Release, directory: str, entry: FileEntry) -> bytes:
-    """As `document`, of a file of the manifest."""
-    if entry.size > MAX_DOCUMENT_BYTES:
-        raise FormatError(f"'{entry.path}' of {entry.size} bytes is too large to be read at once", path=entry.path)
+    entry = release.manifest.file(path)
     hint = f"Repair it: modelp2p verify {release.ref} --repair"
     table = PieceTable.of(entry, release.manifest.piece_length, release.layers.of(entry), hint)
-    source = SourceFile(os.path.join(directory, entry.path), entry, hint)
-    try:
-        data = bytearray(entry.size)
-        source.read_into(memoryview(data), 0)
-    finally:
-        source.close()
-    for piece in range(table.count):
-        begin, end = table.span(range(piece, piece + 1))
-        table.check(piece, memoryview(data)[begin:end])
-    return bytes(data)
+    return read_document(SourceFile(os.path.join(directory, path), entry, hint), table)

@@ -12,8 +12,6 @@ from collections.abc import Container
 from modelp2p.protocol.errors import FormatError
 
 SUFFIX = ".safetensors.index.json"
-MAX_INDEX_BYTES = 64 << 20
-"""200,000 tensors with names of 250 bytes."""
 
 
 def check_index(path: str, data: bytes, files: Container[str]) -> None:

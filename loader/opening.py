@@ -9,11 +9,12 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from modelp2p.loader.arriving import ArrivingFile
-from modelp2p.loader.index import MAX_INDEX_BYTES, SUFFIX, check_index
+from modelp2p.loader.documents import read_document
+from modelp2p.loader.index import SUFFIX, check_index
 from modelp2p.loader.pieces import PieceTable
 from modelp2p.loader.shard import Shard, Standing, Way, open_shard, standing_of, way_of
 from modelp2p.loader.source import SourceFile
-from modelp2p.protocol.errors import FormatError, NotFoundError
+from modelp2p.protocol.errors import NotFoundError
 
 if TYPE_CHECKING:
     from modelp2p.loader.arriving import Arrivals
@@ -60,6 +61,17 @@ class Opening:
         for entry in entries:
             yield entry.path, self._shard(entry)
 
+    def document(self, path: str) -> bytes | None:
+        """The proven bytes of a small file, whatever `verify` says; None where the release has none of that name.
+
+        Raises:
+            NotFoundError: it is signed and not here.
+            IntegrityError: it is not what was signed.
+            FormatError: no small file is that large.
+        """
+        entry = next((entry for entry in self.located.release.manifest.files if entry.path == path), None)
+        return None if entry is None else read_document(self._source(entry), self._table(entry))
+
     def _shard(self, entry: FileEntry) -> Shard:
         source = self._source(entry)
         try:
@@ -81,20 +93,9 @@ class Opening:
         """Always hashed where it is looked at: an index is small, and is parsed."""
         files = self.located.release.manifest.files
         for entry in files:
-            if not entry.path.endswith(SUFFIX) or not self._is_here(entry):
-                continue
-            if entry.size > MAX_INDEX_BYTES:
-                raise FormatError(f"'{entry.path}' of {entry.size} bytes is larger than any index", path=entry.path)
-            source = self._source(entry)
-            try:
-                data = memoryview(bytearray(entry.size))
-                source.read_into(data, 0)
-            finally:
-                source.close()
-            table = self._table(entry)
-            if self.verify != "off":
-                table.check_run(range(table.count), data)
-            check_index(entry.path, bytes(data), {other.path for other in files})
+            if entry.path.endswith(SUFFIX) and self._is_here(entry):
+                data = read_document(self._source(entry), self._table(entry), is_hashed=self.verify != "off")
+                check_index(entry.path, data, {other.path for other in files})
 
     def _is_here(self, entry: FileEntry) -> bool:
         """Whether the file can be read, now or when it has arrived."""

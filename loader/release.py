@@ -117,7 +117,7 @@ class OpenRelease:
         self._parts: dict[str, tuple[str, Part]] = {}
         if verify == "off":
             _log.warning("%s is loaded with verify='off': its bytes are not compared with what was signed", self.release.ref)
-        opening = Opening(
+        self._opening = Opening(
             located=located,
             arrivals=arrivals,
             verify=verify,
@@ -127,7 +127,7 @@ class OpenRelease:
         )
         started = time.perf_counter()
         try:
-            self._open(opening, files)
+            self._open(files)
         except BaseException:
             self.close()
             raise
@@ -276,6 +276,18 @@ class OpenRelease:
         files = [(self._shards[path], parts) for path, parts in by_file.items()]
         return attest_tensors(files, tensors_of(model), self._device, self._ring, self._max_header_bytes)
 
+    def document(self, path: str) -> bytes | None:
+        """The bytes of a small file of the release, as its configuration; None where it has none of that name.
+
+        Proven, whatever `verify` says, and waited for where the release is still being fetched.
+
+        Raises:
+            NotFoundError: it is signed and not here.
+            IntegrityError: it is not what was signed.
+            FormatError: it has more than 64 MiB.
+        """
+        return self._opening.document(path)
+
     def close(self) -> None:
         """Give files and threads back; tensors stay valid. Idempotent."""
         if self._arrivals is not None:
@@ -294,8 +306,8 @@ class OpenRelease:
     def __repr__(self) -> str:
         return f"<OpenRelease {self.name} of {len(self._parts)} tensors in {len(self._shards)} files on {self._device.device}>"
 
-    def _open(self, opening: Opening, files: str | Sequence[str] | None) -> None:
-        for path, shard in opening.shards(files):
+    def _open(self, files: str | Sequence[str] | None) -> None:
+        for path, shard in self._opening.shards(files):
             self._shards[path] = shard
             if shard.way.is_hashed:
                 self.stats.verified_bytes += shard.header_read_bytes

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modelp2p.loader.arriving import DEFAULT_TIMEOUT_S
-from modelp2p.loader.checkpoint import document, open_checkpoint
+from modelp2p.loader.checkpoint import open_checkpoint
 from modelp2p.loader.standins import StandIns
 from modelp2p.protocol.errors import FormatError, UsageError
 
@@ -175,7 +175,7 @@ def config_of(release: OpenRelease) -> Any:  # noqa: ANN401
 
 
 def _document(release: OpenRelease, path: str) -> dict[str, Any] | None:
-    data = document(release.release, release.directory, path)
+    data = release.document(path)
     if data is None:
         return None
     try:

@@ -188,12 +188,13 @@ def _check_folder(release: OpenRelease, folder: str) -> None:
     Raises:
         IntegrityError: one is not what was signed.
     """
-    from modelp2p.loader.checkpoint import MAX_DOCUMENT_BYTES, proven
+    from modelp2p.loader.checkpoint import proven
+    from modelp2p.loader.documents import MAX_DOCUMENT_BYTES
 
     entries = {entry.path: entry for entry in release.release.manifest.files}
     for path, entry in entries.items():
         if _is_read(path) and entry.size <= MAX_DOCUMENT_BYTES and os.path.exists(os.path.join(folder, path)):
-            proven(release.release, folder, entry)
+            proven(release.release, folder, path)
     unsigned = [name for name in sorted(os.listdir(folder)) if name not in entries and _is_read(name)]
     if unsigned:
         _log.warning("'%s' holds files that %s does not, and vLLM may have read them: %s", folder, release.name, unsigned[:SHOWN])

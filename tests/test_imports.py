@@ -72,7 +72,7 @@ def imports_of(tree: ast.AST) -> Iterator[Import]:
         elif isinstance(node, ast.ImportFrom):
             source = "." * node.level + (node.module or "")
             yield from (Import(f"{source}.{alias.name}", node.lineno, when) for alias in node.names)
-        elif (module := _by_name(node)) is not None:
+        elif isinstance(node, ast.Call) and (module := _by_name(node)):
             yield Import(module, node.lineno, when)
         elif _is_type_checking(node):
             yield from (found for child in node.body for found in walk(child, "types"))
@@ -140,12 +140,13 @@ def _is_in(module: str, names: tuple[str, ...]) -> bool:
     return any(module == name or module.startswith(f"{name}.") for name in names)
 
 
-def _by_name(node: ast.AST) -> str | None:
-    """The module in `import_module("a.b")`, for packages that are not installed where types are checked."""
-    match node:
+def _by_name(call: ast.Call) -> str:
+    """The module in `import_module("a.b")`, as packages are imported that are not installed where types are checked."""
+    match call:
         case ast.Call(func=ast.Name(id="import_module"), args=[ast.Constant(value=str(module))]):
             return module
-    return None
+        case _:
+            return ""
 
 
 def _is_type_checking(node: ast.AST) -> TypeIs[ast.If]:

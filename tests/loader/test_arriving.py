@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from modelp2p.loader.arriving import Arrivals, ArrivingFile
+from modelp2p.loader.device import HostDevice
+from modelp2p.loader.locate import Located
 from modelp2p.loader.pieces import PieceTable
+from modelp2p.loader.release import OpenRelease
 from modelp2p.loader.shard import Way, open_shard
 from modelp2p.protocol.errors import (
     DaemonError,
@@ -323,3 +326,18 @@ def test_it_is_never_mapped_and_never_read_past_the_wait(file: ArrivingFile) -> 
         file.mapping()
     with pytest.raises(OSError, match="still being fetched"):
         file.open_direct()
+
+
+def test_a_small_file_is_waited_for_and_proven(release: Release, arrivals: Arrivals, follower: FakeFollower) -> None:
+    card = release.pieces.first(CARD)
+    follower.arrive(piece(release, 0))
+    located = Located(release, str(follower.folder / "not yet visible"), None, True)
+    with OpenRelease(located, HostDevice(), arrivals=arrivals) as opened:
+        assert opened.document("no-such-file") is None
+        later = threading.Thread(target=follower.arrive, args=(card,))
+        later.start()
+        assert opened.document(CARD) == FILES[CARD]
+        later.join()
+        (follower.folder / CARD).write_bytes(b"# cart\n")
+        with pytest.raises(IntegrityError):
+            opened.document(CARD)
