@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from modelp2p.loader.parts import is_number
 from modelp2p.protocol.errors import UsageError
 
 if TYPE_CHECKING:
@@ -65,7 +66,11 @@ def fitted(tensors: Mapping[str, torch.Tensor], wants: Mapping[str, Want], devic
     ]
     _refuse("shapes differ:", shapes, "Cut tensors with plan=.")
     lossy = [name for name in filled if not _is_castable(wants[name].part.dtype, tensors[name].dtype)]
-    _refuse("stored as floating point and not so in the model, or the other way:", lossy, "Convert the model first.")
+    _refuse(
+        "of another kind than in the model (only floating point is cast, and to floating point):",
+        lossy,
+        "Convert the model first.",
+    )
     return Scattered(filled, missing, unexpected)
 
 
@@ -75,7 +80,7 @@ def place_of(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
 
 
 def _is_castable(stored: torch.dtype, has: torch.dtype) -> bool:
-    return stored == has or (stored.is_floating_point and has.is_floating_point)
+    return stored == has or (is_number(stored) and is_number(has))
 
 
 def _refuse(what: str, names: Sequence[str], hint: str) -> None:

@@ -43,6 +43,15 @@ TORCH_NAMES = {
 }
 
 
+PACKED = frozenset({getattr(torch, "float4_e2m1fn_x2", None)})
+"""Floating point by torch's word, but two numbers to an element, which torch converts to nothing else."""
+
+
+def is_number(dtype: torch.dtype) -> bool:
+    """Whether `dtype=` casts it: floating point that torch can convert."""
+    return dtype.is_floating_point and dtype not in PACKED
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A tensor, or rows of one, at bytes `begin` up to `end` of its file."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
+from modelp2p.loader.parts import is_number
 from modelp2p.loader.pieces import runs_of
 from modelp2p.protocol.errors import UsageError
 
@@ -76,12 +77,14 @@ class Want:
 
     @classmethod
     def of(cls, part: Part, cut: Cut | None = None, dtype: torch.dtype | None = None) -> Want:
-        """The want for a part, a cut of it, and a cast that touches floating point only.
+        """The want for a part, a cut of it, and a cast that touches floating point only, and no 4-bit numbers.
 
         Raises:
-            UsageError: there is no such dimension, or no such rows.
+            UsageError: there is no such dimension, no such rows, or nothing can be cast to `dtype`.
         """
-        to = dtype if dtype is not None and part.dtype.is_floating_point and part.dtype != dtype else None
+        if dtype is not None and not is_number(dtype):
+            raise UsageError(f"tensors cannot be cast to {dtype}", hint="dtype= takes floating-point types, as torch.bfloat16.")
+        to = dtype if dtype is not None and is_number(part.dtype) and part.dtype != dtype else None
         if cut is None:
             return cls(part, dtype=to)
         dim, start, stop = cut

@@ -61,7 +61,7 @@ class OpenRelease:
             no record counts for). `mmap` gives views of all but borrowed files. `pread` copies everything.
         files: globs over file paths; only these shards are opened.
         workers: threads that read and hash; all cores by default.
-        max_header_bytes: limit of one file's header, at most 100 MiB.
+        max_header_bytes: limit of one file's header, at most 100,000,000.
         reader: how copies are read: `preadv`, `mmap`, `direct`, or `auto` by evidence (see `readers`).
         on_bad: told path and number of a piece that stayed bad when it was read again; returns whether it was repaired.
         arrivals: of a release that is still being fetched, started; then everything is hashed and copied as it arrives. They
@@ -201,7 +201,7 @@ class OpenRelease:
 
         Args:
             include: names or globs; all tensors by default.
-            dtype: cast floating-point tensors to this; integers and booleans keep theirs.
+            dtype: cast floating-point tensors to this; integers, booleans and 4-bit numbers keep theirs.
             progress: called while it works.
             plan: which tensors are cut, and how: `{name: (dim, start, stop)}`, or a function of name and shape that gives
                 such a cut or None. Only the pieces under the cuts are read.
@@ -365,7 +365,7 @@ class OpenRelease:
 
         Raises:
             NotFoundError: the plan names a tensor that is not in the release.
-            UsageError: it asks for rows that a tensor has not.
+            UsageError: it asks for rows that a tensor has not, or `dtype` is nothing to cast to.
         """
         if isinstance(cuts, Mapping):
             for name in cuts:

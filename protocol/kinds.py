@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from modelp2p.protocol.safetensors import MAX_HEADER_BYTES
+
 HEAD_BYTES = 8
 """How many leading bytes of a file `contradiction` wants to see."""
 
@@ -78,7 +80,7 @@ def contradiction(path: str, head: bytes) -> str:
         return "it begins like an HDF5 file"
     if path.lower().endswith(".gguf") and head and not head.startswith(_GGUF_MAGIC):
         return "it does not begin like a GGUF file"
-    if path.lower().endswith(".safetensors") and len(head) == HEAD_BYTES and int.from_bytes(head, "little") > 100 << 20:
+    if path.lower().endswith(".safetensors") and len(head) == HEAD_BYTES and int.from_bytes(head, "little") > MAX_HEADER_BYTES:
         return "it does not begin like a safetensors file"
     return ""
 

@@ -30,8 +30,8 @@ from modelp2p.protocol.text import is_hidden
 
 LENGTH_BYTES = 8
 DEFAULT_MAX_HEADER_BYTES = 16 << 20
-# Upstream refuses from 100,000,000 bytes on; no caller may raise the limit above this.
-MAX_HEADER_BYTES = 100 << 20
+# What `safetensors` itself reads at most: nobody else could load a file above it, so no caller may raise the limit further.
+MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 200_000
 # NumPy and torch stop at 64 dimensions.
 MAX_RANK = 64

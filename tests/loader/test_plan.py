@@ -195,6 +195,12 @@ def test_cuts_that_do_not_exist_are_refused(cut: tuple[int, int, int]) -> None:
         Want.of(matrix(4, 8), cut)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float4_e2m1fn_x2])
+def test_nothing_is_cast_to_what_holds_no_numbers_of_floating_point(dtype: torch.dtype) -> None:
+    with pytest.raises(UsageError, match="cannot be cast"):
+        Want.of(matrix(4, 8), None, dtype)
+
+
 def test_a_want_from_a_plan() -> None:
     assert Want.of(matrix(4, 8), (-1, 2, 5)) == Want(matrix(4, 8), 1, 2, 5)
     assert Want.of(matrix(4, 8), None, torch.float16).dtype is torch.float16
