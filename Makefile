@@ -50,7 +50,7 @@ test: check test-fast test-swarm
 
 test-fast: $(STAMP)
 	$(call say,fast tests)
-	@$(BIN)/python -m pytest -q -m "not swarm and not gpu" $(PYTEST)
+	@$(BIN)/python -m pytest -q -m "not swarm and not gpu" -n 2 $(PYTEST)
 
 test-swarm: $(STAMP)
 	$(call say,swarm tests (real libtorrent on loopback))

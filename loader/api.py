@@ -39,6 +39,7 @@ def open_release(
     workers: int | None = None,
     max_header_bytes: int = DEFAULT_MAX_HEADER_BYTES,
     reader: str = "auto",
+    transfer: str = "auto",
     on_bad: OnBad | None = None,
     timeout: float = DEFAULT_TIMEOUT_S,
 ) -> OpenRelease:
@@ -57,6 +58,7 @@ def open_release(
         workers: threads that read and hash; all cores by default.
         max_header_bytes: limit of one file's header.
         reader: `auto`, `preadv`, `mmap` or `direct` (see `readers`).
+        transfer: `auto`, `ring` or `register` (see `OpenRelease`).
         on_bad: repairs a bad piece (see `OpenRelease`), also one that a file is opened with. By default the home's daemon does,
             but not of what it is still fetching (see `DaemonRepair`).
         timeout: seconds without a newly proven piece after which the wait for a fetch, or for a repair, ends.
@@ -79,6 +81,7 @@ def open_release(
         workers=workers,
         max_header_bytes=max_header_bytes,
         reader=reader,
+        transfer=transfer,
     )
     try:
         return _open_here(open_located, partial(locate, ref, publisher=publisher, home=place), on_bad, place, timeout)
@@ -106,6 +109,7 @@ def load(
     home: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     reader: str = "auto",
+    transfer: str = "auto",
     on_bad: OnBad | None = None,
     progress: Progress | None = None,
     timeout: float = DEFAULT_TIMEOUT_S,
@@ -130,6 +134,7 @@ def load(
             home=home,
             workers=workers,
             reader=reader,
+            transfer=transfer,
             on_bad=on_bad,
             progress=progress,
             timeout=timeout,
@@ -151,6 +156,7 @@ def stream(
     home: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     reader: str = "auto",
+    transfer: str = "auto",
     on_bad: OnBad | None = None,
     progress: Progress | None = None,
     timeout: float = DEFAULT_TIMEOUT_S,
@@ -169,6 +175,7 @@ def stream(
         home=home,
         workers=workers,
         reader=reader,
+        transfer=transfer,
         on_bad=on_bad,
         timeout=timeout,
     ) as release:

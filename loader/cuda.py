@@ -4,7 +4,8 @@ Who may touch what, and when:
 - tensors are allocated on the caller's current stream, so torch's allocator reuses their memory in the order of that stream
   once the caller drops them; our work waits for that stream before it writes to them (`allocate`, `adopt`);
 - they are handed out after this process saw the end of the work on them, so any stream may use them at once;
-- page-locked memory comes from torch's caching allocator: it is locked once a process, not once a load.
+- page-locked slots come from torch's caching allocator: they are locked once a process, not once a load. Windows of mapped files
+  are locked one by one, in a thread of their own (`cudart`).
 
 Both streams have the lowest priority (torch: 0): on a GPU that serves, loading takes what serving leaves.
 """
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from modelp2p.loader.cudart import HostRegistrar, Runtime
 from modelp2p.loader.strided import copy_strided
 from modelp2p.protocol.errors import ModelP2PError, UsageError
 from modelp2p.protocol.merkle import HASH_BYTES
@@ -53,6 +55,7 @@ class CudaDevice:
         self.device = torch.device("cuda", index)
         self._uploads, self._work = _stream(self.device), _stream(self.device)
         self._verifier: Verifier | None = None
+        self._registrar: HostRegistrar | None = None
 
     def verifier(self) -> Verifier:
         if self._verifier is None:
@@ -70,10 +73,19 @@ class CudaDevice:
         return page_aligned(size_bytes)
 
     def slot(self, host: torch.Tensor) -> torch.Tensor:
-        memory = torch.empty(host.numel(), dtype=torch.uint8, device=self.device)
+        return self.bare_slot(host.numel())
+
+    def bare_slot(self, size_bytes: int) -> torch.Tensor:
+        memory = torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
         # The allocator may give memory that work of the caller's stream still reads.
         self._uploads.wait_stream(torch.cuda.current_stream(self.device))
         return memory
+
+    def register(self, memory: torch.Tensor) -> Event:
+        return self._by_registrar().register(memory)
+
+    def unregister(self, memory: torch.Tensor) -> Event:
+        return self._by_registrar().unregister(memory)
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         memory = torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
@@ -121,6 +133,11 @@ class CudaDevice:
             self._uploads.synchronize()
             self._work.synchronize()
 
+    def _by_registrar(self) -> HostRegistrar:
+        if self._registrar is None:
+            self._registrar = HostRegistrar(_runtime(), lambda: torch.cuda.device(self.device))
+        return self._registrar
+
     def _event(self, stream: torch.cuda.Stream) -> _CudaEvent:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch gives its class no types
         event.record(stream)
@@ -129,6 +146,11 @@ class CudaDevice:
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=LOWEST_PRIORITY)  # type: ignore[no-untyped-call]  # as its events
+
+
+def _runtime() -> Runtime:
+    runtime: Runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # as its events
+    return runtime
 
 
 class _CudaEvent:

@@ -132,7 +132,7 @@ class Delivery:
         if not is_shown:
             self.stats.copied_bytes += want.size
         if not shard.way.is_view:
-            self.stats.transfer = self.tools.device.transfer
+            self.stats.transfer = self.tools.transfers.taken or self.tools.device.transfer
         if self.stats.verify == "off":
             self.stats.unverified_bytes += want.size
         elif not shard.way.is_hashed:

@@ -17,6 +17,7 @@ import torch
 from modelp2p.loader.cuda import CudaDevice
 from modelp2p.loader.gpu import HostVerifier
 from modelp2p.loader.strided import copy_strided
+from modelp2p.loader.windows import WindowError
 from modelp2p.protocol.errors import UsageError
 
 if TYPE_CHECKING:
@@ -81,6 +82,21 @@ class Device(Protocol):
     def slot(self, host: torch.Tensor) -> torch.Tensor:
         """Staging on the device for what is in a host slot, of its size, 16-byte aligned; on the host that slot itself."""
 
+    def bare_slot(self, size_bytes: int) -> torch.Tensor:
+        """As `slot`, without a host slot of its own, for uploads from registered memory: (size_bytes,) uint8."""
+
+    def register(self, memory: torch.Tensor) -> Event:
+        """Begin to page-lock the pages under `memory`, which a file is mapped to, so that `upload` reads it where it lies.
+
+        `wait` of the event raises WindowError where that is refused. However it ends, `unregister` it.
+        """
+
+    def unregister(self, memory: torch.Tensor) -> Event:
+        """Begin to undo `register`, behind it in order; nothing where it was refused. Uploads from there have ended. Idempotent.
+
+        The mapping is kept until then.
+        """
+
     def allocate(self, size_bytes: int) -> torch.Tensor:
         """Memory that may be handed out, aligned for every dtype: (size_bytes,) uint8. Work ordered later may write to it."""
 
@@ -91,9 +107,10 @@ class Device(Protocol):
         """A copy of `data` on the device that is there when this returns: (len(data),) uint8."""
 
     def upload(self, slot: torch.Tensor, host: torch.Tensor) -> Event:
-        """Copy `host` to the equally long `slot`. All earlier uses of `slot` must have been waited for.
+        """Copy `host`, a host slot or registered memory, to the equally long `slot`, whose earlier uses were waited for.
 
-        Until the event is done `host` must not change, and nothing may read `slot` that does not follow the event.
+        Until the event is done a host slot must not change, registered memory must stay so, and nothing may read `slot` that
+        does not follow the event. Of a file that changes meanwhile any mixture may arrive.
         """
 
     def follow(self, event: Event) -> None:
@@ -120,7 +137,7 @@ class Device(Protocol):
 
 
 class HostDevice:
-    """This process's memory. A slot is the host slot itself, and all work has ended when it was ordered."""
+    """This process's memory. A slot is the host slot itself, but for bare ones, and all work has ended when it was ordered."""
 
     device = torch.device("cpu")
     is_host = True
@@ -137,6 +154,15 @@ class HostDevice:
     def slot(self, host: torch.Tensor) -> torch.Tensor:
         return host
 
+    def bare_slot(self, size_bytes: int) -> torch.Tensor:
+        return page_aligned(size_bytes)
+
+    def register(self, memory: torch.Tensor) -> Event:
+        return _Refused()
+
+    def unregister(self, memory: torch.Tensor) -> Event:
+        return _Passed()
+
     def allocate(self, size_bytes: int) -> torch.Tensor:
         return torch.empty(size_bytes, dtype=torch.uint8)
 
@@ -147,6 +173,8 @@ class HostDevice:
         return torch.tensor(bytearray(data), dtype=torch.uint8)
 
     def upload(self, slot: torch.Tensor, host: torch.Tensor) -> Event:
+        if slot.data_ptr() != host.data_ptr():
+            slot.copy_(host)
         return _Passed()
 
     def follow(self, event: Event) -> None:
@@ -204,3 +232,8 @@ class _Passed:
 
     def bad(self) -> tuple[int, ...]:
         return self._bad
+
+
+class _Refused(_Passed):
+    def wait(self) -> None:
+        raise WindowError("a mapped file is not uploaded to the memory it is mapped to")

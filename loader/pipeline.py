@@ -3,13 +3,20 @@
     read into a host slot ─► upload into a device slot ─► prove there ─► move into tensors ─► hand out
 
 Several spans are under way at once, each in a lane of its own, each in its own one of these stages. Where this process's CPUs
-prove, they do it in the host slot right after reading; the rest is the same.
+prove, they do it in the host slot right after reading; the rest is the same. A file that goes by windows is not read at all: its
+stretch of the mapping is page-locked and uploaded (`windows`).
 
 Invariants:
 - bytes that were not found good never leave their slot, so a tensor, new or already the caller's, holds proven bytes only;
 - a tensor is handed out after all its spans were proven and its last move has ended; it shares no memory with any slot;
 - where the way of a file says not hashed, none of its tensors is handed out before all of it was read and found unchanged;
-- whatever ends the flow (an error, Ctrl-C, a caller who stops asking) waits for readers and device before memory is given back.
+- whatever ends the flow (an error, Ctrl-C, a caller who stops asking) waits for readers and device before memory is given back;
+- spans are taken in the order of the plan, which may go from file to file, and what one completes is never handed out before it
+  is waited for.
+
+Who waits for what: an upload that can start is started; then what the device has done is used; then the device is waited for,
+whose work takes milliseconds; and only then a reader, who may have to wait for a network. So nothing proven waits for bytes that
+have not arrived. Price: with a single worker, which reads in this thread, reading and device take turns.
 
 A bad span is read again, since a page cache or a copy may have failed; then `on_bad` may repair the file; then it is an error.
 
@@ -21,12 +28,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from modelp2p.loader.gpu import Batch
 from modelp2p.loader.hashing import RUN_BYTES
 from modelp2p.loader.targets import Target, new_target
-from modelp2p.protocol.errors import IntegrityError
+from modelp2p.loader.windows import Transfers, Window, WindowError, Windows
+from modelp2p.protocol.errors import IntegrityError, StoreError
 from modelp2p.protocol.merkle import HASH_BYTES
 
 if TYPE_CHECKING:
@@ -34,7 +42,7 @@ if TYPE_CHECKING:
 
     from modelp2p.loader.device import Device, Event, Verdict
     from modelp2p.loader.gpu import Verifier
-    from modelp2p.loader.hashing import Job, Workers
+    from modelp2p.loader.hashing import Workers
     from modelp2p.loader.plan import Plan, Span, Want
     from modelp2p.loader.readers import Reader
     from modelp2p.loader.ring import Lane, Ring
@@ -64,15 +72,36 @@ class Tools:
     on_bad: OnBad | None = None
     on_reread: Callable[[], None] = lambda: None
     on_repair: Callable[[int], None] = lambda pieces: None
+    transfers: Transfers = field(default_factory=Transfers)
+
+
+class Reading(Protocol):
+    """What makes the bytes of a span ready to be uploaded: readers of a host slot, or a window being page-locked."""
+
+    def is_done(self) -> bool:
+        """Whether `wait` would not block."""
+
+    def wait(self) -> None:
+        """Return when they are ready; raises what went wrong."""
+
+    def finish(self) -> None:
+        """Return when nothing reads any more, well or not."""
+
+    def abandon(self) -> None:
+        """Stop, and return when nothing reads any more."""
 
 
 @dataclass(slots=True)
 class _Flight:
     """A span on its way."""
 
+    number: int
+    """Its place in the plan."""
     span: Span
     lane: Lane
-    reading: Job
+    reading: Reading
+    window: Window | None = None
+    """Where it is uploaded from; None: the lane's host slot."""
     uploaded: Event | None = None
     verdict: Verdict | None = None
     moved: Event | None = None
@@ -105,8 +134,10 @@ def flow(
         yield number, target_of(tools.device, made.wants[number], number).result
     if not made.spans:
         return
-    with tools.ring.lanes(made.largest) as lanes:
-        under_way = _Flow(shards, made, tools, on_span, target_of, lanes)
+    is_bare = all(tools.transfers.is_by_window(shards[file]) for file in {span.file for span in made.spans})
+    # Windows last: they may go when the device has been drained.
+    with Windows(tools.device) as windows, tools.ring.lanes(made.largest, is_bare=is_bare) as lanes:
+        under_way = _Flow(shards, made, tools, on_span, target_of, lanes, windows)
         try:
             yield from under_way.run()
         finally:
@@ -123,10 +154,12 @@ class _Flow:
         on_span: Callable[[int, int], None],
         target_of: Callable[[Device, Want, int], Target],
         lanes: Sequence[Lane],
+        windows: Windows,
     ) -> None:
         self._shards, self._plan, self._tools = shards, made, tools
         self._on_span, self._target_of = on_span, target_of
-        self._todo = deque(made.spans)
+        self._windows = windows
+        self._todo = deque(enumerate(made.spans))
         self._free = list(lanes)
         self._reading: deque[_Flight] = deque()
         self._proving: deque[_Flight] = deque()
@@ -136,7 +169,8 @@ class _Flow:
         self._left = {span.file: 0 for span in made.spans}
         for span in made.spans:
             self._left[span.file] += 1
-        self._held: list[tuple[int, torch.Tensor]] = []
+        self._held: dict[int, list[tuple[int, torch.Tensor]]] = {file: [] for file in self._left}
+        """Made, and waiting until all of their file, which nobody hashes, was found unchanged."""
         self._at: _Flight | None = None
         """What is being launched or judged, and is to blame if that fails."""
 
@@ -152,21 +186,24 @@ class _Flow:
         while True:
             self._at = None
             while self._todo and self._free:
-                self._read(self._free.pop(), self._todo.popleft())
-            if self._moving and _event_of(self._moving[0].moved).is_done():
-                yield from self._finished(self._moving.popleft())
+                self._read(self._free.pop())
+            if self._reading and self._reading[0].reading.is_done():
+                # First: the next upload is worth more than an early hand-out.
+                self._at = self._reading.popleft()
+                self._launch(self._at)
             elif self._proving and _event_of(self._proving[0].verdict).is_done():
                 self._at = self._proving.popleft()
                 self._judge(self._at)
-            elif self._reading:
-                # Also where this has to wait: the next upload is worth more than an early hand-out.
-                self._at = self._reading.popleft()
-                self._launch(self._at)
+            elif self._moving and _event_of(self._moving[0].moved).is_done():
+                yield from self._finished(self._moving.popleft())
             elif self._proving:
                 self._at = self._proving.popleft()
                 self._judge(self._at)
             elif self._moving:
                 yield from self._finished(self._moving.popleft())
+            elif self._reading:
+                self._at = self._reading.popleft()
+                self._launch(self._at)
             else:
                 return
 
@@ -174,7 +211,7 @@ class _Flow:
         """Hand out what the spans before a bad one completed, so that how far a caller gets is no matter of timing."""
         self._todo.clear()
         # Never a later one: it may complete a tensor over the bad span.
-        self._proving = deque(flight for flight in self._proving if _place(flight) < _place(bad))
+        self._proving = deque(flight for flight in self._proving if flight.number < bad.number)
         while self._proving:
             self._judge(self._proving.popleft())
         while self._moving:
@@ -185,11 +222,26 @@ class _Flow:
         for flight in self._reading:
             flight.reading.abandon()
 
-    def _read(self, lane: Lane, span: Span) -> None:
-        self._reading.append(_Flight(span, lane, self._reading_of(lane, span)))
+    def _read(self, lane: Lane) -> None:
+        """Get the next span ready to be uploaded, in this lane."""
+        number, span = self._todo.popleft()
+        window = self._window_on(span)
+        reading = self._reading_of(lane, span) if window is None else window
+        self._reading.append(_Flight(number, span, lane, reading, window))
 
-    def _reading_of(self, lane: Lane, span: Span) -> Job:
+    def _window_on(self, span: Span) -> Window | None:
+        shard = self._shards[span.file]
+        if not self._tools.transfers.is_by_window(shard):
+            return None
+        try:
+            return self._windows.open(shard.source, span.begin, span.end)
+        except StoreError as exc:
+            self._tools.transfers.refuse(shard, exc.message)
+            return None
+
+    def _reading_of(self, lane: Lane, span: Span) -> Reading:
         """Read a span to the start of a host slot and, if the workers prove, prove every piece of it there."""
+        self._tools.ring.stage(lane)
         shard = self._shards[span.file]
         table, reader = shard.table, self._tools.reader_of(shard)
         is_proving = shard.way.is_hashed and self._tools.verifier is None
@@ -224,6 +276,7 @@ class _Flow:
 
     def _judge(self, flight: _Flight) -> None:
         bad = self._judged(flight)
+        self._let_go(flight)
         if bad:
             self._recover(flight, bad)
         self._place(flight)
@@ -232,6 +285,11 @@ class _Flow:
         """Wait for the readers; the piece they found bad, if any."""
         try:
             flight.reading.wait()
+        except WindowError as exc:
+            self._tools.transfers.refuse(self._shards[flight.span.file], exc.message)
+            self._let_go(flight)
+            flight.reading = self._reading_of(flight.lane, flight.span)
+            return self._ended(flight)
         except IntegrityError as exc:
             piece = exc.facts.get("piece")
             if not isinstance(piece, int):
@@ -242,7 +300,9 @@ class _Flow:
     def _upload(self, flight: _Flight) -> None:
         device, span, lane = self._tools.device, flight.span, flight.lane
         shard = self._shards[span.file]
-        flight.uploaded = device.upload(lane.slot[: span.size], lane.host[: span.size])
+        source = lane.host[: span.size] if flight.window is None else flight.window.memory
+        flight.uploaded = device.upload(lane.slot[: span.size], source)
+        self._tools.transfers.count(device.transfer if flight.window is None else "register")
         if shard.way.is_hashed and self._tools.verifier is not None:
             table = shard.table
             layer = self._layer(span.file)[span.pieces.start * HASH_BYTES : span.pieces.stop * HASH_BYTES]
@@ -258,7 +318,7 @@ class _Flow:
         return tuple(flight.span.pieces[number] for number in flight.verdict.bad())
 
     def _recover(self, flight: _Flight, bad: tuple[int, ...]) -> None:
-        """Read a span again until it is good, with help in between.
+        """Read a span again until it is good, with help in between; into a host slot, also where it came by a window.
 
         Raises:
             IntegrityError: it stays bad.
@@ -287,6 +347,7 @@ class _Flow:
             other.reading.finish()
         # A repair puts a new inode in the place of the old one.
         shard.close_reader()
+        self._windows.forget(shard.source)
         shard.source.reopen()
         return True
 
@@ -325,31 +386,37 @@ class _Flow:
     def _finished(self, flight: _Flight) -> Iterator[tuple[int, torch.Tensor]]:
         """Wait for the moves of a span, give its lane on, and hand out what it completed."""
         _event_of(flight.moved).wait()
+        self._let_go(flight)
         span = flight.span
         self._free.append(flight.lane)
         if self._todo:
             # Before the caller gets the tensors and takes its time with them.
-            self._read(self._free.pop(), self._todo.popleft())
+            self._read(self._free.pop())
         self._left[span.file] -= 1
-        self._held += flight.made
         shard = self._shards[span.file]
         self._on_span(span.file, span.size)
-        if not shard.way.is_hashed:
-            if self._left[span.file]:
-                return
+        if not self._left[span.file]:
+            self._layers.pop(span.file, None)
+            self._windows.forget(shard.source)
+        if shard.way.is_hashed:
+            yield from flight.made
+            return
+        self._held[span.file] += flight.made
+        if not self._left[span.file]:
             shard.source.check_unchanged()
-        ready, self._held = self._held, []
-        yield from ready
+            yield from self._held.pop(span.file)
+
+    def _let_go(self, flight: _Flight) -> None:
+        """Close the window of a span whose upload has ended, or never began."""
+        window, flight.window = flight.window, None
+        if window is not None:
+            self._windows.close(window)
 
     def _layer(self, file: int) -> torch.Tensor:
-        """The expected piece hashes of a file, on the device."""
+        """The expected piece hashes of a file, on the device while spans of it are left."""
         if file not in self._layers:
-            self._layers = {file: self._tools.device.constant(self._shards[file].table.layer)}
+            self._layers[file] = self._tools.device.constant(self._shards[file].table.layer)
         return self._layers[file]
-
-
-def _place(flight: _Flight) -> tuple[int, int]:
-    return flight.span.file, flight.span.begin
 
 
 def _event_of(event: Event | None) -> Event:

@@ -29,6 +29,7 @@ from modelp2p.loader.readers import READERS, Reader, choose, evidence_of, reader
 from modelp2p.loader.ring import Ring
 from modelp2p.loader.stats import LoadStats
 from modelp2p.loader.targets import Target, existing_target
+from modelp2p.loader.windows import TRANSFERS, Transfers
 from modelp2p.protocol.errors import FormatError, NotFoundError, UsageError
 from modelp2p.protocol.safetensors import DEFAULT_MAX_HEADER_BYTES
 
@@ -63,6 +64,9 @@ class OpenRelease:
         workers: threads that read and hash; all cores by default.
         max_header_bytes: limit of one file's header, at most 100,000,000.
         reader: how copies are read: `preadv`, `mmap`, `direct`, or `auto` by evidence (see `readers`).
+        transfer: how bytes get to a GPU: `ring` (through page-locked slots), `register` (straight from the file's mapping, see
+            `windows`), or `auto`, which is `ring` today. What cannot go the way asked for goes through the ring, with the reason
+            in `stats.fallbacks`.
         on_bad: told path and number of a piece that stayed bad when it was read again; returns whether it was repaired.
         arrivals: of a release that is still being fetched, started; then everything is hashed and copied as it arrives. They
             are closed with this.
@@ -84,12 +88,16 @@ class OpenRelease:
         workers: int | None = None,
         max_header_bytes: int = DEFAULT_MAX_HEADER_BYTES,
         reader: str = "auto",
+        transfer: str = "auto",
         on_bad: OnBad | None = None,
         arrivals: Arrivals | None = None,
     ) -> None:
         _check_choice("verify", verify, VERIFY)
         _check_choice("mapping", mapping, MAPPING)
         _check_choice("reader", reader, READERS)
+        _check_choice("transfer", transfer, TRANSFERS)
+        if transfer != "auto" and device.is_host:
+            raise UsageError(f"transfer='{transfer}' is for GPUs", hint="On the cpu, mapping= says how files are read.")
         if verify == "gpu" and device.is_host:
             raise UsageError("verify='gpu' is for GPUs", hint="On the cpu, verify='cpu' hashes every byte.")
         if workers is not None and workers < 1:
@@ -108,8 +116,17 @@ class OpenRelease:
         self._ring = Ring(device)
         self._arrivals = arrivals
         self._workers = Workers(workers, on_abandon=None if arrivals is None else arrivals.interrupt)
+        transfers = Transfers(transfer, is_proven_on_device=self._verifier is not None, on_reason=self.stats.fallbacks.append)
         self._tools = Tools(
-            device, self._ring, self._workers, self._verifier, self._reader_of, on_bad, self._count_reread, self._count_repair
+            device,
+            self._ring,
+            self._workers,
+            self._verifier,
+            self._reader_of,
+            on_bad,
+            self._count_reread,
+            self._count_repair,
+            transfers,
         )
         self._hashers = Hashers(self._workers.count - 1)
         self._delivery = Delivery(self._tools, self._hashers, self.stats, arrivals)

@@ -4,6 +4,8 @@ Invariants:
 - page-locked memory of one ring is at most `RING_BYTES`; a reader beyond that gets one lane of ordinary memory, which works too;
 - lanes come back only after the device is drained, so a slot is never reused under work that still touches it. Where draining
   fails the lanes are dropped.
+
+A bare lane has no host slot yet: uploads from windows need none (`windows`), and page-locking one takes longer than filling it.
 """
 
 from __future__ import annotations
@@ -22,15 +24,34 @@ if TYPE_CHECKING:
 RING_BYTES = 512 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class HostSlot:
+    """Host memory, as the device and as readers take it."""
+
+    memory: torch.Tensor
+    view: memoryview
+
+
 @dataclass(slots=True)
 class Lane:
     """Staging for one span."""
 
-    host: torch.Tensor
-    view: memoryview
-    """The host slot for readers."""
     slot: torch.Tensor
     is_locked: bool
+    """Its host slot is page-locked, or will be."""
+    staged: HostSlot | None = None
+
+    @property
+    def host(self) -> torch.Tensor:
+        """The host slot; not of a bare lane."""
+        assert self.staged is not None, "a bare lane"
+        return self.staged.memory
+
+    @property
+    def view(self) -> memoryview:
+        """The host slot for readers; not of a bare lane."""
+        assert self.staged is not None, "a bare lane"
+        return self.staged.view
 
 
 class Ring:
@@ -40,22 +61,30 @@ class Ring:
         self._device = device
         self._limit = limit_bytes
         self._free: list[Lane] = []
+        self._kept_bytes = 0
+        """Of the slots of all lanes but those of ordinary memory; each may be staged, so this is what the limit is for."""
         self.locked_bytes = 0
         """How much memory is page-locked now."""
 
     @contextmanager
-    def lanes(self, size_bytes: int) -> Iterator[list[Lane]]:
-        """At least one lane, for spans of up to `size_bytes`, until the block ends; a reader inside it gets others."""
+    def lanes(self, size_bytes: int, *, is_bare: bool = False) -> Iterator[list[Lane]]:
+        """At least one lane, for spans of up to `size_bytes`, until the block ends; a reader inside it gets others.
+
+        `is_bare`: host slots are not needed at once, if ever; `stage` makes them.
+        """
         size_bytes = _rounded(size_bytes)
-        for lane in [lane for lane in self._free if len(lane.view) < size_bytes]:
+        for lane in [lane for lane in self._free if lane.slot.numel() < size_bytes]:
             self._free.remove(lane)
             self._forget(lane)
         lanes = [self._free.pop() for _ in range(min(self._device.slots, len(self._free)))]
-        while len(lanes) < self._device.slots and self.locked_bytes + size_bytes <= self._limit:
-            lanes.append(self._lane(size_bytes, is_locked=True))
+        while len(lanes) < self._device.slots and self._kept_bytes + size_bytes <= self._limit:
+            lanes.append(self._lane(size_bytes, is_locked=True, is_bare=is_bare))
+            self._kept_bytes += size_bytes
         if not lanes:
-            lanes.append(self._lane(size_bytes, is_locked=False))
+            lanes.append(self._lane(size_bytes, is_locked=False, is_bare=is_bare))
         try:
+            for lane in lanes if not is_bare else ():
+                self.stage(lane)
             yield lanes
         finally:
             kept, lanes = lanes, []
@@ -67,16 +96,27 @@ class Ring:
                 raise
             self._free += [lane for lane in kept if lane.is_locked]
 
-    def _lane(self, size_bytes: int, *, is_locked: bool) -> Lane:
+    def stage(self, lane: Lane) -> None:
+        """Give a lane its host slot, if it is bare."""
+        if lane.staged is None:
+            self._stage(lane, self._device.host_slot(lane.slot.numel(), is_locked=lane.is_locked))
+
+    def _lane(self, size_bytes: int, *, is_locked: bool, is_bare: bool) -> Lane:
+        if is_bare:
+            return Lane(self._device.bare_slot(size_bytes), is_locked)
         host = self._device.host_slot(size_bytes, is_locked=is_locked)
-        # Not through NumPy, which torch does not need; the lane keeps the tensor as long as the view.
-        view = memoryview((ctypes.c_ubyte * size_bytes).from_address(host.data_ptr())).cast("B")
-        lane = Lane(host, view, self._device.slot(host), is_locked)
-        self.locked_bytes += size_bytes if is_locked else 0
+        lane = Lane(self._device.slot(host), is_locked)
+        self._stage(lane, host)
         return lane
 
+    def _stage(self, lane: Lane, host: torch.Tensor) -> None:
+        # Not through NumPy, which torch does not need; the lane keeps the tensor as long as the view.
+        lane.staged = HostSlot(host, memoryview((ctypes.c_ubyte * host.numel()).from_address(host.data_ptr())).cast("B"))
+        self.locked_bytes += host.numel() if lane.is_locked else 0
+
     def _forget(self, lane: Lane) -> None:
-        self.locked_bytes -= len(lane.view) if lane.is_locked else 0
+        self._kept_bytes -= lane.slot.numel() if lane.is_locked else 0
+        self.locked_bytes -= lane.slot.numel() if lane.is_locked and lane.staged is not None else 0
 
 
 def _rounded(size_bytes: int) -> int:

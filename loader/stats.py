@@ -12,8 +12,8 @@ class LoadStats:
     device: str = "cpu"
     verify: str = "auto"
     transfer: str = "mmap"
-    """The way the bytes took: `mmap` (views of the files), `copy` (at least one file was copied in memory) or `ring`
-    (page-locked host slots, then a slot on the device)."""
+    """The way the bytes took: `mmap` (views of the files), `copy` (at least one file was copied in memory), `ring` (page-locked
+    host slots, then a slot on the device), `register` (from the file's mapping to a slot on the device), or `register+ring`."""
     reader: str = ""
     """How copies were read: `preadv`, `mmap`, `direct`, several joined by `+`; empty while there are only views."""
     verifier: str = ""

@@ -3,6 +3,8 @@
 It fails the test (AssertionError) when
 - two pieces of work that touch the same bytes are not ordered by a stream or an event (a race);
 - a host slot changes before its upload has ended;
+- something else than a host slot or registered memory is uploaded, or memory is unregistered before its upload has ended;
+- `check_let_go` finds memory that nobody unregisters, or that was unmapped before;
 - a verdict is read that nobody waited for;
 - with `proves`, anything is moved out of a slot whose latest content was not found good by this process;
 - `check_handed_out` is given a tensor that work still writes to, or that lies in staging.
@@ -13,6 +15,7 @@ Fresh memory, and a slot that is about to be written again, hold `POISON`.
 from __future__ import annotations
 
 import random
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from modelp2p.loader.cudart import refused
 from modelp2p.loader.device import Event, page_aligned
 from modelp2p.loader.gpu import Batch, HostVerifier, Verifier
 from modelp2p.loader.strided import copy_strided
@@ -57,25 +61,40 @@ class Work:
 
 
 class FakeCuda:
-    """The `Device` twin. `seed` decides who is late; `fails_at` is the number of a piece of work that breaks the device."""
+    """The `Device` twin. `seed` decides who is late; `fails_at` is the number of a piece of work that breaks the device.
+
+    `codes`: what cudaHostRegister answers, call by call; afterwards 0, which is success.
+    """
 
     is_host = False
     transfer = "ring"
 
     def __init__(
-        self, seed: int = 0, *, slot_bytes: int = 2 << 20, slots: int = 3, proves: bool = False, fails_at: int | None = None
+        self,
+        seed: int = 0,
+        *,
+        slot_bytes: int = 2 << 20,
+        slots: int = 3,
+        proves: bool = False,
+        fails_at: int | None = None,
+        codes: Sequence[int] = (),
     ) -> None:
         self.device = torch.device("cpu")
         self.slot_bytes, self.slots = slot_bytes, slots
         self.issued = self.most_pending = self.drained = 0
         self.locked: list[torch.Tensor] = []
+        self.windows = self.most_windows = 0
         self._random = random.Random(seed)
-        self._queues: dict[str, deque[Work]] = {"upload": deque(), "work": deque()}
-        self._performed = {"upload": 0, "work": 0}
+        self._queues: dict[str, deque[Work]] = {"upload": deque(), "work": deque(), "register": deque()}
+        self._performed = dict.fromkeys(self._queues, 0)
         self._after: list[FakeEvent] = []
         self._proves, self._fails_at = proves, fails_at
         self._staging: list[torch.Tensor] = []
         self._good: list[Extent] = []
+        self._codes = deque(codes)
+        self._is_broken = False
+        self._held: dict[Extent, weakref.ref[torch.Tensor]] = {}
+        self._asked_back: set[Extent] = set()
 
     @property
     def pending(self) -> list[Work]:
@@ -92,6 +111,45 @@ class FakeCuda:
     def slot(self, host: torch.Tensor) -> torch.Tensor:
         return self._staged(torch.empty_like(host))
 
+    def bare_slot(self, size_bytes: int) -> torch.Tensor:
+        return self._staged(torch.empty(size_bytes, dtype=torch.uint8))
+
+    def register(self, memory: torch.Tensor) -> FakeRegistration:
+        self.windows += 1
+        code = self._codes.popleft() if self._codes else 0
+        where, held = extent_of(memory), weakref.ref(memory)
+        self._asked_back.discard(where)
+
+        def perform() -> None:
+            if not code:
+                assert not overlap([where], list(self._held)), "the same memory was registered twice"
+                self._held[where] = held
+                self.most_windows = max(self.most_windows, len(self._held))
+
+        self._order("register", "register", [], [], perform)
+        return FakeRegistration(self, code)
+
+    def unregister(self, memory: torch.Tensor) -> FakeEvent:
+        where = extent_of(memory)
+        is_used = any(work.name == "upload" and overlap(work.reads, [where]) for work in self.pending)
+        assert not is_used, "unregistered before its upload had ended"
+        self._asked_back.add(where)
+
+        def perform() -> None:
+            held = self._held.pop(where, None)
+            assert held is None or held() is not None, "unmapped before it was unregistered"
+
+        self._order("register", "unregister", [], [], perform)
+        return FakeEvent(self, "register")
+
+    def check_let_go(self) -> None:
+        """No memory is registered any more; on a broken device, none that nobody asked back."""
+        if not self._is_broken:
+            while self._queues["register"]:
+                self.step()
+            assert not self._held, "memory is still registered"
+        assert self._held.keys() <= self._asked_back, "memory was left registered"
+
     def allocate(self, size_bytes: int) -> torch.Tensor:
         return torch.full((size_bytes,), POISON, dtype=torch.uint8)
 
@@ -103,11 +161,14 @@ class FakeCuda:
 
     def upload(self, slot: torch.Tensor, host: torch.Tensor) -> FakeEvent:
         assert slot.shape == host.shape
-        before = host.clone()
+        is_slot = any(overlap([extent_of(host)], [extent_of(memory)]) for memory in self._staging)
+        assert is_slot or extent_of(host) in self._held, "uploaded from memory that is not page-locked"
+        before = host.clone() if is_slot else torch.empty(0)
 
         def perform() -> None:
-            assert torch.equal(before, host), "the host slot changed before its upload had ended"
-            slot.copy_(before)
+            assert not is_slot or torch.equal(before, host), "the host slot changed before its upload had ended"
+            # Of a file whatever it holds now: somebody may write to it.
+            slot.copy_(host)
 
         self._good = [good for good in self._good if not overlap([good], [extent_of(slot)])]
         self._order("upload", "poison", [], [slot], lambda: slot.fill_(POISON))
@@ -163,6 +224,7 @@ class FakeCuda:
                 assert not clash, f"a race: {work.name} {work.number} ran before {other.name} {other.number}"
         self._performed[name] += 1
         if self._fails_at is not None and work.number >= self._fails_at:
+            self._is_broken = True
             self._queues = {stream: deque() for stream in self._queues}
             self._performed = dict.fromkeys(self._performed, 1 << 60)
             raise ModelP2PError("the fake device failed")
@@ -218,6 +280,17 @@ class FakeEvent:
     def wait(self) -> None:
         while not self.has_passed:
             self._owner.step()
+
+
+class FakeRegistration(FakeEvent):
+    def __init__(self, owner: FakeCuda, code: int) -> None:
+        super().__init__(owner, "register")
+        self._code = code
+
+    def wait(self) -> None:
+        super().wait()
+        if self._code:
+            raise refused(self._code)
 
 
 class FakeVerdict(FakeEvent):

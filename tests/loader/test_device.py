@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from modelp2p.loader.gpu import Batch
 from modelp2p.loader.plan import Move
 from modelp2p.loader.ring import Ring
 from modelp2p.loader.strided import unit_of
+from modelp2p.loader.windows import WindowError
 from modelp2p.protocol.errors import ModelP2PError, UsageError
 from modelp2p.protocol.merkle import piece_hash
 from tests.loader.fake_cuda import POISON, FakeCuda
@@ -126,6 +129,62 @@ def test_a_constant_is_there_at_once(make: Make) -> None:
     assert bytes(make().constant(data).tolist()) == data
 
 
+def mapped(place: Path, data: bytes) -> torch.Tensor:
+    """A file of these bytes, as it lies in a shared read-only mapping."""
+    place.write_bytes(data)
+    with place.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), len(data), mmap.MAP_SHARED, mmap.PROT_READ)
+    return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+@every_device
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
+def test_a_mapped_file_is_uploaded_where_it_lies_or_refused_with_a_reason(make: Make, tmp_path: Path) -> None:
+    device = make()
+    data = bytes(numbers(3 * mmap.PAGESIZE + 17).tolist())
+    memory = mapped(tmp_path / "file", data)
+    event = device.register(memory)
+    try:
+        event.wait()
+    except WindowError:
+        # The host always; a GPU where driver, kernel or file system do not go along.
+        assert not isinstance(device, FakeCuda)
+    else:
+        assert event.is_done()
+        slot = device.bare_slot(len(data))
+        upload = device.upload(slot, memory)
+        upload.wait()
+        target = device.allocate(len(data))
+        device.move(target, slot, Move(0, 0, 0, len(data)))
+        device.mark().wait()
+        assert bytes(target.tolist()) == data
+    for _ in range(2):
+        device.unregister(memory).wait()
+    device.drain()
+    if isinstance(device, FakeCuda):
+        device.check_let_go()
+
+
+@every_device
+def test_a_bare_slot_takes_what_a_host_slot_holds(make: Make) -> None:
+    device = make()
+    host, slot = device.host_slot(1000), device.bare_slot(1000)
+    host.copy_(numbers(1000))
+    device.follow(device.upload(slot, host))
+    target = device.allocate(1000)
+    device.move(target, slot, Move(0, 0, 0, 1000))
+    device.mark().wait()
+    assert target.tolist() == numbers(1000).tolist()
+    device.drain()
+
+
+@every_device
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
+def test_memory_that_was_never_registered_may_be_unregistered(make: Make, tmp_path: Path) -> None:
+    device = make()
+    device.unregister(mapped(tmp_path / "file", bytes(100))).wait()
+
+
 @every_device
 def test_lanes_are_used_again(make: Make) -> None:
     device = make()
@@ -152,6 +211,27 @@ def test_a_ring_never_locks_more_than_its_limit() -> None:
         assert [len(lanes) for lanes in (first, second, third)] == [3, 2, 1]
         assert [lane.is_locked for lanes in (first, second, third) for lane in lanes] == [True] * 5 + [False]
         assert sum(memory.numel() for memory in device.locked) == ring.locked_bytes == 5 << 16
+
+
+def test_bare_lanes_get_their_host_slots_when_they_are_needed() -> None:
+    device = FakeCuda(slots=2)
+    ring = Ring(device, limit_bytes=3 << 16)
+    with ring.lanes(1 << 16, is_bare=True) as lanes, ring.lanes(1 << 16) as others:
+        assert (len(lanes), len(others)) == (2, 1)
+        assert ring.locked_bytes == 1 << 16, "a bare lane locks nothing, and counts all the same"
+        ring.stage(lanes[0])
+        ring.stage(lanes[0])
+        assert ring.locked_bytes == 2 << 16
+        lanes[0].view[:3] = b"abc"
+        assert lanes[0].host[:3].tolist() == list(b"abc")
+        with pytest.raises(AssertionError, match="bare"):
+            _ = lanes[1].host
+    with ring.lanes(1 << 16) as lanes:
+        assert all(lane.staged for lane in lanes)
+    with ring.lanes(2 << 16, is_bare=True):
+        # One lane of the old length is left over, the others are too short and were given back.
+        assert ring.locked_bytes == 0
+    assert sum(memory.numel() for memory in device.locked) <= 3 << 16
 
 
 def test_lanes_of_a_broken_device_are_dropped() -> None:
@@ -216,6 +296,52 @@ class TestTheFake:
         host.fill_(1)
         with pytest.raises(AssertionError, match="host slot changed"):
             device.drain()
+
+    def test_an_upload_from_memory_that_is_not_locked(self) -> None:
+        device = FakeCuda()
+        memory, slot = numbers(4096), device.bare_slot(4096)
+        with pytest.raises(AssertionError, match="not page-locked"):
+            device.upload(slot, memory)
+        registered = device.register(memory)
+        with pytest.raises(AssertionError, match="not page-locked"):
+            device.upload(slot, memory)
+        registered.wait()
+        device.upload(slot, memory).wait()
+
+    def test_what_is_unregistered_too_early_or_never(self) -> None:
+        device = FakeCuda()
+        memory = numbers(4096)
+        device.register(memory).wait()
+        with pytest.raises(AssertionError, match="still registered"):
+            device.check_let_go()
+        event = device.upload(device.bare_slot(4096), memory)
+        with pytest.raises(AssertionError, match="before its upload had ended"):
+            device.unregister(memory)
+        event.wait()
+        device.unregister(memory)
+        device.check_let_go()
+
+    def test_memory_that_is_unmapped_too_early(self) -> None:
+        device = FakeCuda()
+        memory = numbers(4096)
+        device.register(memory).wait()
+        ending = device.unregister(memory)
+        del memory
+        with pytest.raises(AssertionError, match="unmapped"):
+            ending.wait()
+
+    def test_registration_is_late_and_can_be_refused(self) -> None:
+        device = FakeCuda(codes=(0, 801))
+        first, second = numbers(4096), numbers(4096)
+        late = device.register(first)
+        seen = [late.has_passed]
+        with pytest.raises(WindowError, match="read-only"):
+            device.register(second).wait()
+        seen.append(late.has_passed)
+        assert seen == [False, True], "late, and in order"
+        for memory in (first, second):
+            device.unregister(memory).wait()
+        device.check_let_go()
 
     def test_a_verdict_nobody_waited_for(self) -> None:
         device = FakeCuda()

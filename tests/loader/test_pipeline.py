@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +16,12 @@ from safetensors.torch import load as oracle
 from safetensors.torch import save
 
 from modelp2p.loader.device import Device, HostDevice, device_for
+from modelp2p.loader.hashing import Job, Workers
 from modelp2p.loader.home import default_home
 from modelp2p.loader.locate import locate
+from modelp2p.loader.pipeline import flow
+from modelp2p.loader.plan import Plan, Want
+from modelp2p.loader.plan import plan as plan_of
 from modelp2p.loader.readers import PreadvReader
 from modelp2p.loader.release import OpenRelease
 from modelp2p.protocol.errors import IntegrityError, ModelP2PError, StoreError, UsageError
@@ -28,6 +33,8 @@ from tests.releases import Home, statement_of
 
 if TYPE_CHECKING:
     from modelp2p.loader.gpu import Verifier
+    from modelp2p.loader.parts import Part
+    from modelp2p.loader.shard import Shard
 
 FILE = "model-1.safetensors"
 Make = Callable[[], Device]
@@ -53,6 +60,12 @@ def open_on(device: Device, **options: object) -> OpenRelease:
     located = locate("lab/model", publisher=None, home=default_home())
     hashed = "cpu" if device.is_host else "gpu"
     return OpenRelease(located, device, **{"mapping": "pread", "verify": hashed, **options})  # type: ignore[arg-type]
+
+
+def with_tools(release: OpenRelease, **changes: object) -> None:
+    """Let a release work with other tools."""
+    release._tools = replace(release._tools, **changes)  # type: ignore[arg-type]
+    release._delivery = replace(release._delivery, tools=release._tools)
 
 
 def interrupted(done: int, total: int) -> None:
@@ -139,14 +152,149 @@ def test_an_abandoned_stream_leaves_a_usable_release(make: Make, shards: dict[st
         assert same(release.tensor("d").cpu(), oracle(shards["model-2.safetensors"])["d"])
 
 
+class Prompt(Workers):
+    """All is read when it is asked for."""
+
+    def start(self, task: Callable[[range], None], runs: Iterable[range]) -> Job:
+        job = super().start(task, runs)
+        job.finish()
+        return job
+
+
 @pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("seed", range(4))
-def test_several_spans_are_under_way_at_once(seed: int) -> None:
-    device = fake(seed)
-    with open_on(device) as release:
-        release.load()
-    assert device.most_pending > 4
+def test_what_was_read_is_uploaded_before_anything_is_waited_for(seed: int) -> None:
+    device = fake(seed, slots=3)
+    with open_on(device) as release, closing(Prompt(2)) as workers:
+        with_tools(release, workers=workers)
+        release.load("d")
+    # Of three spans each: poison, upload, proof.
+    assert device.most_pending == 9
     assert not device.pending
+
+
+class Patient(FakeCuda):
+    """Is done with nothing before it is waited for."""
+
+    def step_some(self) -> None:
+        return
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("make", [HostDevice, fake, lambda: Patient(slot_bytes=MIB)], ids=["host", "fake", "patient"])
+def test_what_is_proven_does_not_wait_for_bytes_that_have_not_arrived(make: Make, shards: dict[str, bytes]) -> None:
+    """The second file arrives when the last tensor of the first was handed out."""
+    handed, patience_s = threading.Event(), 20.0
+
+    class Arriving(PreadvReader):
+        def read_into(self, target: memoryview, offset: int) -> None:
+            assert handed.wait(patience_s), "a read was waited for while something proven lay there"
+            super().read_into(target, offset)
+
+    got = {}
+    with open_on(make(), workers=2) as release:
+        late = release._shards["model-2.safetensors"]
+        with_tools(release, reader_of=lambda shard: (Arriving if shard is late else PreadvReader)(shard.source))
+        for name, tensor in release.stream(["a", "b", "c", "d"]):
+            got[name] = tensor
+            if name == "c":
+                handed.set()
+    assert list(got) == ["a", "b", "c", "d"]
+    assert all(same(tensor, expected(shards)[name]) for name, tensor in got.items())
+
+
+def reordered(made: Plan, order: Sequence[int]) -> Plan:
+    """The same plan with its spans in another order."""
+    spans = [made.spans[number] for number in order]
+    last = {move.want: at for at, span in enumerate(spans) for move in span.moves}
+    ended = [tuple(sorted({move.want for move in span.moves if last[move.want] == at})) for at, span in enumerate(spans)]
+    return replace(made, spans=tuple(replace(span, completes=done) for span, done in zip(spans, ended, strict=True)))
+
+
+def plan_in(release: OpenRelease, order: Callable[[int], Sequence[int]]) -> tuple[list[Shard], Plan]:
+    """A plan for the first two files, with spans of one piece in an order of ours."""
+    files = [(shard, [Want.of(part) for _, part in parts_of(release, shard)]) for shard in list(release._shards.values())[:2]]
+    made = plan_of([shard.table for shard, _ in files], [wants for _, wants in files], MIB)
+    return [shard for shard, _ in files], reordered(made, order(len(made.spans)))
+
+
+def parts_of(release: OpenRelease, shard: Shard) -> list[tuple[str, Part]]:
+    return [found for found in release._parts.values() if found[0] == shard.table.path]
+
+
+def alternating(count: int) -> list[int]:
+    """First, last, second, last but one: from file to file and back."""
+    return [number for pair in zip(range(count), reversed(range(count)), strict=True) for number in pair][:count]
+
+
+ORDERS = {
+    "as they lie": lambda count: list(range(count)),
+    "backwards": lambda count: list(reversed(range(count))),
+    "alternating": alternating,
+}
+every_order = pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
+
+
+@pytest.mark.usefixtures("home")
+class TestOrder:
+    @every_order
+    @pytest.mark.parametrize("verify", ["hashed", "record"])
+    @pytest.mark.parametrize("make", [HostDevice, fake, lambda: fake(3)], ids=["host", "fake", "fake-3"])
+    def test_spans_in_any_order(
+        self, make: Make, verify: str, order: Callable[[int], list[int]], shards: dict[str, bytes]
+    ) -> None:
+        device = make() if verify == "hashed" else FakeCuda(slot_bytes=MIB)
+        with open_on(device, **({} if verify == "hashed" else {"verify": verify})) as release:
+            files, made = plan_in(release, order)
+            got = [
+                (made.wants[number].part.name, tensor)
+                for number, tensor in flow(files, made, release._tools, lambda file, size: None)
+            ]
+        assert sorted(name for name, _ in got) == ["a", "b", "c", "d"]
+        assert all(same(tensor, expected(shards)[name]) for name, tensor in got)
+        if verify == "hashed":
+            done = [made.wants[want].part.name for span in made.spans for want in span.completes]
+            assert [name for name, _ in got] == done, "each as soon as its last span is proven"
+
+    @every_order
+    @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize("piece", [0, 1, 2])
+    def test_how_far_one_gets_before_a_bad_span_is_no_matter_of_timing(
+        self, tree: Path, seed: int, order: Callable[[int], list[int]], piece: int
+    ) -> None:
+        names: list[str] = []
+        with open_on(fake(seed)) as release:
+            # Now, since opening looks at the header, which may be what is bad.
+            flip(tree / "model-2.safetensors", piece * MIB + 7)
+            files, made = plan_in(release, order)
+            with pytest.raises(IntegrityError) as caught:  # noqa: PT012 - what came before matters
+                for number, _ in flow(files, made, release._tools, lambda file, size: None):
+                    names.append(made.wants[number].part.name)
+        assert caught.value.facts["piece"] == piece
+        bad = next(at for at, span in enumerate(made.spans) if span.file == 1 and piece in span.pieces)
+        assert names == [made.wants[want].part.name for span in made.spans[:bad] for want in span.completes]
+
+    @pytest.mark.parametrize("changed", [0, 1])
+    @pytest.mark.parametrize("make", [lambda: FakeCuda(slot_bytes=MIB), lambda: FakeCuda(5, slot_bytes=MIB)], ids=["0", "5"])
+    def test_files_that_interleave_are_handed_out_each_when_all_of_it_was_found_unchanged(
+        self, make: Make, tree: Path, changed: int
+    ) -> None:
+        names = []
+        with open_on(make(), verify="record") as release:
+            files, made = plan_in(release, alternating)
+            place = tree / files[changed].table.path
+            touched = [False]
+
+            def on_span(file: int, size: int) -> None:
+                if file == changed and not touched[0]:
+                    touched[0] = True
+                    os.utime(place, ns=(0, 1))
+
+            with pytest.raises(IntegrityError, match="written to"):  # noqa: PT012 - what came before matters
+                for number, _ in flow(files, made, release._tools, on_span):
+                    names.append(made.wants[number].part.name)
+        own = {want.part.name for want in made.wants if want.part.name in ("abc", "d")[changed]}
+        assert not own & set(names), "nothing of the file that changed"
 
 
 @every_device
@@ -329,7 +477,7 @@ class TestTrouble:
                 reading[0] -= 1
 
         with open_on(make(), workers=2) as release:
-            release._tools = replace(release._tools, reader_of=lambda shard: Slow(shard.source))
+            with_tools(release, reader_of=lambda shard: Slow(shard.source))
             with pytest.raises(KeyboardInterrupt):
                 for _ in release.stream("d", progress=interrupted):
                     pass

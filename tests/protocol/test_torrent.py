@@ -248,7 +248,8 @@ def test_no_piece_length_is_refused() -> None:
 
 # --- bencode -----------------------------------------------------------------------------------------------------
 BENCODABLE = st.recursive(
-    st.integers(-(2**63), 2**63 - 1) | st.binary(max_size=8),
+    # libtorrent writes -2**63 and reads it as 0.
+    st.integers(-(2**63) + 1, 2**63 - 1) | st.binary(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.binary(max_size=4), inner, max_size=4),
     max_leaves=12,
 )

@@ -145,7 +145,7 @@ def test_reasons_are_typed() -> None:
 
 
 def test_this_machine_has_both_ways_in_order() -> None:
-    assert [way.name for way in ways()] == ["cuda-torch", "cuda-nvrtc"]
+    assert [way.name for way in ways()] == ["cuda-nvrtc", "cuda-torch"]
 
 
 def test_the_second_process_does_not_compile(kernels: Kernels, tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ Make = Callable[["Kernels"], tuple[Verifier, torch.device]]
 VERIFIERS = [
     pytest.param(lambda kernels: (HostVerifier(), CPU), id="cpu"),
     pytest.param(lambda kernels: (GpuVerifier(CPU, kernels), CPU), id="host", marks=pytest.mark.slow),
-    pytest.param(lambda _: (verifier_for(CUDA, ways()[:1]), CUDA), id="cuda-torch", marks=pytest.mark.gpu),
     pytest.param(lambda _: (verifier_for(CUDA, [NvrtcWay()]), CUDA), id="cuda-nvrtc", marks=pytest.mark.gpu),
+    pytest.param(lambda _: (verifier_for(CUDA, ways()[1:]), CUDA), id="cuda-torch", marks=pytest.mark.gpu),
 ]
 every_verifier = pytest.mark.parametrize("make", VERIFIERS)
 
@@ -213,7 +213,7 @@ def test_verifiers_of_devices() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", [0, 1], ids=["cuda-torch", "cuda-nvrtc"])
+@pytest.mark.parametrize("way", [0, 1], ids=["cuda-nvrtc", "cuda-torch"])
 def test_a_full_slot_on_two_streams_from_a_thread_of_its_own(way: int) -> None:
     verifier = verifier_for(CUDA, ways()[way : way + 1])
     length, pieces = 4 << 20, 16
