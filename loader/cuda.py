@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from modelp2p.loader.cudart import HostRegistrar, Runtime
+from modelp2p.loader.staging import HostSlot, page_aligned
 from modelp2p.loader.strided import copy_strided
 from modelp2p.protocol.errors import ModelP2PError, UsageError
 from modelp2p.protocol.merkle import HASH_BYTES
@@ -64,13 +65,11 @@ class CudaDevice:
             self._verifier = verifier_for(self.device)
         return self._verifier
 
-    def host_slot(self, size_bytes: int, *, is_locked: bool = True) -> torch.Tensor:
+    def host_slot(self, size_bytes: int, *, is_locked: bool = True) -> HostSlot:
         # Both begin at a page: cudaHostAlloc gives whole pages, and so does mmap.
         if is_locked:
-            return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-        from modelp2p.loader.device import page_aligned
-
-        return page_aligned(size_bytes)
+            return HostSlot(torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True))
+        return HostSlot(page_aligned(size_bytes))
 
     def slot(self, host: torch.Tensor) -> torch.Tensor:
         return self.bare_slot(host.numel())

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from modelp2p.loader.arriving import Arrivals
     from modelp2p.loader.device import Device
-    from modelp2p.loader.hashers import Hashers
     from modelp2p.loader.pipeline import Tools
     from modelp2p.loader.plan import Want
     from modelp2p.loader.shard import Shard
@@ -49,14 +48,12 @@ class Delivery:
     """What one open release makes its tensors with.
 
     Args:
-        tools: device, staging, threads.
-        hashers: processes that hash views.
+        tools: device, staging, threads, processes.
         stats: counts.
         arrivals: of a release that is still being fetched; they are told the order of reading, which is that of use.
     """
 
     tools: Tools
-    hashers: Hashers
     stats: LoadStats
     arrivals: Arrivals | None = None
 
@@ -82,26 +79,30 @@ class Delivery:
                 yield want.part.name, tensor
                 started = time.perf_counter()
             meter.reach(before + _bytes_under(of_batch))
-        if self.hashers.trouble and self.hashers.trouble not in self.stats.fallbacks:
-            self.stats.fallbacks.append(self.hashers.trouble)
+        trouble = self.tools.hashers.trouble
+        if trouble and trouble not in self.stats.fallbacks:
+            self.stats.fallbacks.append(trouble)
         self.stats.seconds += time.perf_counter() - started
 
     def _views(self, files: Files, meter: _Meter) -> Iterator[tuple[Want, Shard, torch.Tensor, bool]]:
         """`(want, shard, tensor, whether it is a view)`."""
-        self.hashers.warm(_bytes_under([(shard, wants) for shard, wants in files if shard.way.is_hashed]))
+        self._warm(files)
         for shard, wants in files:
             by_part = {_part_under(want): want for want in wants}
 
             def on_bytes(size: int, shard: Shard = shard) -> None:
                 self._count(shard, size, meter)
 
-            for part, tensor, is_shown in view_parts(shard, list(by_part), self.tools.workers, self.hashers, on_bytes):
+            for part, tensor, is_shown in view_parts(shard, list(by_part), self.tools.workers, self.tools.hashers, on_bytes):
                 want = by_part[part]
                 yield want, shard, tensor if want.dtype is None else tensor.to(want.dtype), is_shown
 
     def _copies(
         self, files: Files, meter: _Meter, target_of: TargetOf | None
     ) -> Iterator[tuple[Want, Shard, torch.Tensor, bool]]:
+        if self.tools.device.is_host:
+            # Only there do other processes see what is to be hashed.
+            self._warm(files)
         shards = [shard for shard, _ in files]
         owners = [shard for shard, wants in files for _ in wants]
         slot_bytes, rank = self.tools.device.slot_bytes, None
@@ -119,6 +120,9 @@ class Delivery:
             if isinstance(self.tools.on_bad, DaemonRepair):
                 raise self.tools.on_bad.explained(exc) from exc
             raise
+
+    def _warm(self, files: Files) -> None:
+        self.tools.hashers.warm(_bytes_under([(shard, wants) for shard, wants in files if shard.way.is_hashed]))
 
     def _count(self, shard: Shard, size: int, meter: _Meter) -> None:
         if shard.way.is_hashed:

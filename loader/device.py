@@ -9,13 +9,13 @@ is handed out. Both may hold anything until they are written to.
 
 from __future__ import annotations
 
-import mmap
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from modelp2p.loader.cuda import CudaDevice
 from modelp2p.loader.gpu import HostVerifier
+from modelp2p.loader.staging import HostSlot, in_huge_pages, page_aligned
 from modelp2p.loader.strided import copy_strided
 from modelp2p.loader.windows import WindowError
 from modelp2p.protocol.errors import UsageError
@@ -76,8 +76,8 @@ class Device(Protocol):
             UsageError: nobody can, with the reasons.
         """
 
-    def host_slot(self, size_bytes: int, *, is_locked: bool = True) -> torch.Tensor:
-        """Host memory at a page boundary: (size_bytes,) uint8. `is_locked`: page-locked, if that makes uploads faster here."""
+    def host_slot(self, size_bytes: int, *, is_locked: bool = True) -> HostSlot:
+        """New host memory of that size. `is_locked`: page-locked, if that makes uploads faster here."""
 
     def slot(self, host: torch.Tensor) -> torch.Tensor:
         """Staging on the device for what is in a host slot, of its size, 16-byte aligned; on the host that slot itself."""
@@ -148,8 +148,8 @@ class HostDevice:
     def verifier(self) -> Verifier:
         return HostVerifier()
 
-    def host_slot(self, size_bytes: int, *, is_locked: bool = True) -> torch.Tensor:
-        return page_aligned(size_bytes)
+    def host_slot(self, size_bytes: int, *, is_locked: bool = True) -> HostSlot:
+        return HostSlot.shared(size_bytes)
 
     def slot(self, host: torch.Tensor) -> torch.Tensor:
         return host
@@ -164,7 +164,7 @@ class HostDevice:
         return _Passed()
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        return torch.empty(size_bytes, dtype=torch.uint8)
+        return in_huge_pages(torch.empty(size_bytes, dtype=torch.uint8))
 
     def adopt(self) -> None:
         return
@@ -213,11 +213,6 @@ def device_for(device: str | torch.device) -> Device:
     if wanted.type == "cuda":
         return CudaDevice(wanted)
     raise UsageError(f"device '{wanted}' is not served", hint="Load to the cpu and move the tensors with .to().")
-
-
-def page_aligned(size_bytes: int) -> torch.Tensor:
-    """Host memory at a page boundary, as reads past the page cache need it: (size_bytes,) uint8, zeros."""
-    return torch.frombuffer(mmap.mmap(-1, max(1, size_bytes)), dtype=torch.uint8, count=size_bytes)
 
 
 class _Passed:

@@ -18,11 +18,15 @@ import socket
 import subprocess
 import sys
 import threading
+from typing import TYPE_CHECKING
 
 from modelp2p.protocol import codec
 from modelp2p.protocol.errors import FormatError
 from modelp2p.protocol.framing import FrameDecoder
 from modelp2p.protocol.hashwork import MAX_REPLY_BYTES, READY, WORKER, encode_request, pieces_request
+
+if TYPE_CHECKING:
+    from modelp2p.loader.pieces import PieceTable
 
 WORTH_BYTES = 128 << 20
 """To hash so much keeps one process busy for about as long as it takes to start: 0.1 s of one core."""
@@ -88,6 +92,25 @@ class Hashers:
         with self._lock:
             self._free.append(process)
         return hashes
+
+    def prove(self, table: PieceTable, pieces: range, data: memoryview, fd: int, origin: int = 0) -> None:
+        """Return if consecutive pieces are what the publisher signed, by whoever has time to hash them.
+
+        Args:
+            table: of their file.
+            pieces: which.
+            data: their bytes, for this process.
+            fd: the same memory, for others, or the file that `data` is a mapping of; -1: there is none.
+            origin: the byte of the file that `fd` begins with.
+
+        Raises:
+            IntegrityError: they are not.
+        """
+        hashes = self.hashes(fd, table.size, table.piece_length, pieces, origin) if fd >= 0 else None
+        if hashes is None:
+            table.check_run(pieces, data)
+        else:
+            table.compare_run(pieces, hashes)
 
     def close(self) -> None:
         """End all processes. Nobody may be waiting for one. Idempotent."""

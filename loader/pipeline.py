@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from modelp2p.loader.device import Device, Event, Verdict
     from modelp2p.loader.gpu import Verifier
+    from modelp2p.loader.hashers import Hashers
     from modelp2p.loader.hashing import Workers
     from modelp2p.loader.plan import Plan, Span, Want
     from modelp2p.loader.readers import Reader
@@ -66,6 +67,7 @@ class Tools:
     device: Device
     ring: Ring
     workers: Workers
+    hashers: Hashers
     verifier: Verifier | None
     """Who proves on the device; None: the workers do, in host memory."""
     reader_of: Callable[[Shard], Reader]
@@ -248,13 +250,10 @@ class _Flow:
         unit = table.piece_length if is_proving else READ_ALIGNMENT
 
         def task(run: range) -> None:
-            for begin in range(run.start, run.stop, unit):
-                end = min(begin + unit, run.stop)
-                data = lane.view[begin - span.begin : end - span.begin]
-                reader.read_into(data, begin)
-                if is_proving:
-                    # While it is still in this core's cache.
-                    table.check(begin // table.piece_length, data)
+            data = lane.view[run.start - span.begin : run.stop - span.begin]
+            reader.read_into(data, run.start)
+            if is_proving:
+                self._tools.hashers.prove(table, table.over(run.start, run.stop), data, lane.fd, span.begin)
 
         # Small enough that every worker has a run, also where a span is only a few pieces.
         units = -(-span.size // unit)

@@ -117,10 +117,13 @@ class OpenRelease:
         self._arrivals = arrivals
         self._workers = Workers(workers, on_abandon=None if arrivals is None else arrivals.interrupt)
         transfers = Transfers(transfer, is_proven_on_device=self._verifier is not None, on_reason=self.stats.fallbacks.append)
+        # This process hashes as well.
+        self._hashers = Hashers(self._workers.count - 1)
         self._tools = Tools(
             device,
             self._ring,
             self._workers,
+            self._hashers,
             self._verifier,
             self._reader_of,
             on_bad,
@@ -128,8 +131,7 @@ class OpenRelease:
             self._count_repair,
             transfers,
         )
-        self._hashers = Hashers(self._workers.count - 1)
-        self._delivery = Delivery(self._tools, self._hashers, self.stats, arrivals)
+        self._delivery = Delivery(self._tools, self.stats, arrivals)
         self._shards: dict[str, Shard] = {}
         self._parts: dict[str, tuple[str, Part]] = {}
         if verify == "off":
@@ -313,6 +315,7 @@ class OpenRelease:
             shard.close()
         self._workers.close()
         self._hashers.close()
+        self._ring.close()
 
     def __enter__(self) -> Self:
         return self

@@ -10,26 +10,19 @@ A bare lane has no host slot yet: uploads from windows need none (`windows`), an
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     import torch
 
     from modelp2p.loader.device import Device
+    from modelp2p.loader.staging import HostSlot
 
 RING_BYTES = 512 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class HostSlot:
-    """Host memory, as the device and as readers take it."""
-
-    memory: torch.Tensor
-    view: memoryview
 
 
 @dataclass(slots=True)
@@ -53,6 +46,12 @@ class Lane:
         assert self.staged is not None, "a bare lane"
         return self.staged.view
 
+    @property
+    def fd(self) -> int:
+        """The host slot for processes that hash; -1: not for them. Not of a bare lane."""
+        assert self.staged is not None, "a bare lane"
+        return self.staged.fd
+
 
 class Ring:
     """The lanes of one device. Used by one thread at a time, by any number of readers in turns."""
@@ -61,6 +60,7 @@ class Ring:
         self._device = device
         self._limit = limit_bytes
         self._free: list[Lane] = []
+        self._staged: WeakSet[HostSlot] = WeakSet()
         self._kept_bytes = 0
         """Of the slots of all lanes but those of ordinary memory; each may be staged, so this is what the limit is for."""
         self.locked_bytes = 0
@@ -101,18 +101,24 @@ class Ring:
         if lane.staged is None:
             self._stage(lane, self._device.host_slot(lane.slot.numel(), is_locked=lane.is_locked))
 
+    def close(self) -> None:
+        """Give back what is not memory, at once, though a traceback may hold the lanes. Idempotent."""
+        for slot in list(self._staged):
+            slot.close()
+        self._free = []
+
     def _lane(self, size_bytes: int, *, is_locked: bool, is_bare: bool) -> Lane:
         if is_bare:
             return Lane(self._device.bare_slot(size_bytes), is_locked)
         host = self._device.host_slot(size_bytes, is_locked=is_locked)
-        lane = Lane(self._device.slot(host), is_locked)
+        lane = Lane(self._device.slot(host.memory), is_locked)
         self._stage(lane, host)
         return lane
 
-    def _stage(self, lane: Lane, host: torch.Tensor) -> None:
-        # Not through NumPy, which torch does not need; the lane keeps the tensor as long as the view.
-        lane.staged = HostSlot(host, memoryview((ctypes.c_ubyte * host.numel()).from_address(host.data_ptr())).cast("B"))
-        self.locked_bytes += host.numel() if lane.is_locked else 0
+    def _stage(self, lane: Lane, host: HostSlot) -> None:
+        lane.staged = host
+        self._staged.add(host)
+        self.locked_bytes += host.memory.numel() if lane.is_locked else 0
 
     def _forget(self, lane: Lane) -> None:
         self._kept_bytes -= lane.slot.numel() if lane.is_locked else 0

@@ -31,6 +31,7 @@ import torch
 
 from modelp2p.loader.arriving import DEFAULT_TIMEOUT_S
 from modelp2p.loader.checkpoint import open_checkpoint
+from modelp2p.loader.staging import in_huge_pages
 from modelp2p.loader.standins import StandIns
 from modelp2p.protocol.errors import FormatError, UsageError
 
@@ -138,7 +139,8 @@ def model_of(
         real |= lost | {name for name, tensor in found.items() if id(tensor) in tied}
     device = torch.device(release.stats.device)
     for tensor in found.values():
-        tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        memory = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        tensor.data = in_huge_pages(memory) if device.type == "cpu" else memory
     model.to(device)
     if found:
         release.into({name: tensor.detach() for name, tensor in found.items()}, list(found), progress)

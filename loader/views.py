@@ -61,11 +61,8 @@ def _prove(
     def task(run: range) -> None:
         # Most truncations become an error here; hashing a mapping that was cut short is SIGBUS.
         source.check_size()
-        if (hashes := hashers.hashes(source.fileno(), table.size, table.piece_length, run)) is not None:
-            table.compare_run(run, hashes)
-        else:
-            begin, end = table.span(run)
-            table.check_run(run, data[begin:end])
+        begin, end = table.span(run)
+        hashers.prove(table, run, data[begin:end], source.fileno())
 
     def on_done(run: range) -> None:
         begin, end = table.span(run)

@@ -44,7 +44,7 @@ def ceilings(bed: Bed, scale: Scale, folder: Path) -> Figures:
     device = bed.device()
     rows: list[dict[str, Any]] = []
     for size in scale.copies:
-        host, target = device.host_slot(size), device.allocate(size)
+        host, target = device.host_slot(size).memory, device.allocate(size)
         slot = device.slot(host)
 
         def upload(host: torch.Tensor = host, slot: torch.Tensor = slot) -> None:
@@ -95,7 +95,7 @@ def readers(bed: Bed, scale: Scale, folder: Path) -> Figures:
     entry = located.release.manifest.files[0]
     source = SourceFile(os.path.join(located.directory, entry.path), entry)
     host = device.host_slot(max(scale.slots))
-    view = bytes_of(host)
+    view = host.view
     rows: list[dict[str, Any]] = []
     for name in ("preadv", "mmap"):
         reader, refusal = reader_of(source, name)

@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from modelp2p.loader.cudart import refused
-from modelp2p.loader.device import Event, page_aligned
 from modelp2p.loader.gpu import Batch, HostVerifier, Verifier
+from modelp2p.loader.staging import HostSlot, page_aligned
 from modelp2p.loader.strided import copy_strided
 from modelp2p.protocol.errors import ModelP2PError
 
 if TYPE_CHECKING:
+    from modelp2p.loader.device import Event
     from modelp2p.loader.plan import Move
 
 POISON = 0xA5
@@ -103,10 +104,10 @@ class FakeCuda:
     def verifier(self) -> Verifier:
         return HostVerifier()
 
-    def host_slot(self, size_bytes: int, *, is_locked: bool = True) -> torch.Tensor:
+    def host_slot(self, size_bytes: int, *, is_locked: bool = True) -> HostSlot:
         memory = page_aligned(size_bytes)
         self.locked += [memory] if is_locked else []
-        return self._staged(memory)
+        return HostSlot(self._staged(memory))
 
     def slot(self, host: torch.Tensor) -> torch.Tensor:
         return self._staged(torch.empty_like(host))

@@ -36,7 +36,7 @@ def numbers(size: int) -> torch.Tensor:
 
 
 def uploaded(device: Device, data: torch.Tensor) -> torch.Tensor:
-    host = device.host_slot(data.numel())
+    host = device.host_slot(data.numel()).memory
     host.copy_(data)
     slot = device.slot(host)
     device.follow(device.upload(slot, host))
@@ -168,7 +168,7 @@ def test_a_mapped_file_is_uploaded_where_it_lies_or_refused_with_a_reason(make: 
 @every_device
 def test_a_bare_slot_takes_what_a_host_slot_holds(make: Make) -> None:
     device = make()
-    host, slot = device.host_slot(1000), device.bare_slot(1000)
+    host, slot = device.host_slot(1000).memory, device.bare_slot(1000)
     host.copy_(numbers(1000))
     device.follow(device.upload(slot, host))
     target = device.allocate(1000)
@@ -257,7 +257,7 @@ class TestTheFake:
 
     def test_work_is_late(self) -> None:
         device = FakeCuda()
-        slot, host = device.slot(device.host_slot(4)), device.host_slot(4)
+        slot, host = device.slot(device.host_slot(4).memory), device.host_slot(4).memory
         event = device.upload(slot, host.fill_(7))
         assert slot.tolist() == [POISON] * 4
         event.wait()
@@ -267,7 +267,7 @@ class TestTheFake:
         seen = set()
         for seed in range(16):
             device = FakeCuda(seed)
-            upload = device.upload(device.slot(device.host_slot(4)), device.host_slot(4))
+            upload = device.upload(device.slot(device.host_slot(4).memory), device.host_slot(4).memory)
             device.move(device.allocate(4), device.allocate(4), Move(0, 0, 0, 4))
             move = device.mark()
             while not (upload.has_passed or move.is_done()):
@@ -279,7 +279,7 @@ class TestTheFake:
         found = 0
         for seed in range(16):
             device = FakeCuda(seed)
-            host = device.host_slot(4)
+            host = device.host_slot(4).memory
             slot, target = device.slot(host), device.allocate(4)
             device.upload(slot, host)
             device.move(target, slot, Move(0, 0, 0, 4))
@@ -291,7 +291,7 @@ class TestTheFake:
 
     def test_a_ring_slot_rewritten_too_early(self) -> None:
         device = FakeCuda()
-        host = device.host_slot(4)
+        host = device.host_slot(4).memory
         device.upload(device.slot(host), host)
         host.fill_(1)
         with pytest.raises(AssertionError, match="host slot changed"):
@@ -346,19 +346,19 @@ class TestTheFake:
     def test_a_verdict_nobody_waited_for(self) -> None:
         device = FakeCuda()
         batch = Batch(16, PIECE, True, device.constant(bytes(32)))
-        verdict = device.verify(device.verifier(), device.slot(device.host_slot(16)), batch)
+        verdict = device.verify(device.verifier(), device.slot(device.host_slot(16).memory), batch)
         with pytest.raises(AssertionError, match="nobody waited"):
             verdict.bad()
 
     def test_a_move_out_of_an_unproven_slot(self) -> None:
         device = FakeCuda(proves=True)
-        slot = device.slot(device.host_slot(16))
+        slot = device.slot(device.host_slot(16).memory)
         with pytest.raises(AssertionError, match="not proven"):
             device.move(device.allocate(4), slot, Move(0, 0, 0, 4))
 
     def test_what_is_handed_out_too_early_or_from_staging(self) -> None:
         device = FakeCuda()
-        slot, target = device.slot(device.host_slot(16)), device.allocate(4)
+        slot, target = device.slot(device.host_slot(16).memory), device.allocate(4)
         device.move(target, slot, Move(0, 0, 0, 4))
         with pytest.raises(AssertionError, match="before it was made"):
             device.check_handed_out(target)

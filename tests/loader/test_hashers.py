@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load as oracle
 
+from modelp2p.loader import open_release
 from modelp2p.loader.hashers import Hashers
 from modelp2p.loader.hashing import Workers
 from modelp2p.loader.parts import part_of
@@ -23,8 +24,9 @@ from modelp2p.loader.views import view_parts
 from modelp2p.protocol.errors import IntegrityError
 from modelp2p.protocol.merkle import LEAF_BYTES, piece_hash, pieces_in
 from modelp2p.protocol.statement import verify_statement
-from tests.loader.models import file_of
-from tests.releases import statement_of
+from tests.loader.models import MIB, file_of
+from tests.loader.test_pipeline import with_tools
+from tests.releases import Home, statement_of
 
 PIECE = 2 * LEAF_BYTES
 SIZE = 7 * PIECE + 5
@@ -157,3 +159,39 @@ def test_views_are_proven_by_processes(hashers: Hashers, tmp_path: Path, is_bad:
         assert torch.equal(tensor, oracle(signed)["a"])
         assert sum(counted) == table.size
     shard.close()
+
+
+class Counting(Hashers):
+    """Counts the pieces that processes hashed."""
+
+    pieces = 0
+
+    def hashes(self, fd: int, file_size: int, piece_length: int, pieces: range, origin: int = 0) -> bytes | None:
+        found = super().hashes(fd, file_size, piece_length, pieces, origin)
+        self.pieces += len(pieces) if found is not None else 0
+        return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_bad", [False, True])
+def test_copies_are_proven_by_processes_where_they_were_read_to(home: Home, tree: Path, is_bad: bool) -> None:
+    path = tree / "model-2.safetensors"
+    signed = path.read_bytes()
+    if is_bad:
+        path.chmod(0o644)
+        path.write_bytes(signed[:-1] + bytes([signed[-1] ^ 1]))
+    with open_release("lab/model", home=home.path, mapping="pread", verify="cpu", workers=1, on_bad=lambda *_: False) as release:
+        hashers = Counting(1, worth_bytes=1)
+        with_tools(release, hashers=hashers)
+        hashers.warm(1)
+        with path.open("rb") as file:
+            while hashers.hashes(file.fileno(), len(signed), MIB, range(1)) is None:
+                assert hashers.pids, hashers.trouble
+        if is_bad:
+            with pytest.raises(IntegrityError) as caught:
+                release.load("d")
+            assert (caught.value.facts["path"], caught.value.facts["piece"]) == ("model-2.safetensors", 3)
+        else:
+            assert torch.equal(release.tensor("d"), oracle(signed)["d"])
+            assert hashers.pieces == 1 + pieces_in(len(signed), MIB)
+        hashers.close()

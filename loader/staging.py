@@ -1,0 +1,78 @@
+"""Host memory that files are read into, and large memory that is quick to write to for the first time.
+
+A page that is written to for the first time costs a fault and is cleared: for 4 KiB pages 0.5 to 0.7 GB/s with one thread, for
+2 MiB pages 2.5 to 2.9 GB/s (256 MiB, a virtual machine with 2 cores). Most systems give the latter only where they are asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import weakref
+
+import torch
+
+HUGE_BYTES = 2 << 20
+"""A huge page of x86-64, and of arm64 with 4 KiB pages; others gain less and lose nothing."""
+
+
+class HostSlot:
+    """Host memory at a page boundary, as the device, as readers and as other processes take it.
+
+    Args:
+        memory: (size_bytes,) uint8.
+        fd: a descriptor of the same memory, which the slot takes over; -1: there is none.
+    """
+
+    def __init__(self, memory: torch.Tensor, fd: int = -1) -> None:
+        self.memory = memory
+        # Not through NumPy, which torch does not need; the slot keeps the tensor as long as the view.
+        self.view = memoryview((ctypes.c_ubyte * memory.numel()).from_address(memory.data_ptr())).cast("B")
+        self._fd = fd
+        self._closing = weakref.finalize(self, os.close, fd) if fd >= 0 else None
+
+    @classmethod
+    def shared(cls, size_bytes: int) -> HostSlot:
+        """A slot in new memory that has a descriptor, where the system gives one (memfd_create, /proc)."""
+        try:
+            fd = os.memfd_create("modelp2p-staging", os.MFD_CLOEXEC)
+        except OSError:
+            return cls(page_aligned(size_bytes))
+        try:
+            os.ftruncate(fd, size_bytes)
+            # By torch, which keeps no second descriptor, as Python's mmap would.
+            return cls(torch.from_file(f"/proc/self/fd/{fd}", shared=True, size=size_bytes, dtype=torch.uint8), fd)
+        except (OSError, RuntimeError):
+            os.close(fd)
+            return cls(page_aligned(size_bytes))
+
+    @property
+    def fd(self) -> int:
+        """The descriptor, for processes that hash what is in the slot; -1: there is none, or none any more."""
+        return self._fd if self._closing is not None and self._closing.alive else -1
+
+    def close(self) -> None:
+        """Give the descriptor back; the memory goes with the slot. Idempotent."""
+        if self._closing is not None:
+            self._closing()
+
+
+def page_aligned(size_bytes: int) -> torch.Tensor:
+    """Host memory at a page boundary, as reads past the page cache need it: (size_bytes,) uint8, zeros."""
+    return torch.frombuffer(mmap.mmap(-1, max(1, size_bytes)), dtype=torch.uint8, count=size_bytes)
+
+
+def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """The same contiguous, new tensor of the host, asked to be made of huge pages where it holds whole ones. Changes no byte."""
+    begin = -(-tensor.data_ptr() // HUGE_BYTES) * HUGE_BYTES
+    end = (tensor.data_ptr() + tensor.nbytes) // HUGE_BYTES * HUGE_BYTES
+    if begin < end:
+        # Advice: a kernel without them says EINVAL, a system without madvise has no such name.
+        with contextlib.suppress(AttributeError):
+            madvise = ctypes.CDLL(None).madvise
+            # Undeclared, an address is cut to 32 bits.
+            madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+            madvise(begin, end - begin, mmap.MADV_HUGEPAGE)
+    return tensor
