@@ -124,7 +124,8 @@ def _bad_pieces(
     rows = [(part.begin, part.end, tensors[part.name].view(-1).view(torch.uint8)) for part in parts if part.size]
     rows.insert(0, (0, header.numel(), header))
     layer, verifier, bad, at = device.constant(table.layer), device.verifier(), [], 0
-    with ring.lanes(max(end - begin for begin, end in map(table.span, runs))) as lanes:
+    # Nothing is read from a file, so no host slot is needed.
+    with ring.lanes(max(end - begin for begin, end in map(table.span, runs)), is_bare=True) as lanes:
         for run in runs:
             begin, end = table.span(run)
             while at < len(rows) and rows[at][1] <= begin:
