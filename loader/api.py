@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from modelp2p.loader.delivery import Progress
     from modelp2p.loader.locate import Located
-    from modelp2p.loader.pipeline import OnBad
     from modelp2p.loader.plan import Cuts
+    from modelp2p.loader.tools import OnBad
 
 
 def open_release(

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
     from modelp2p.loader.arriving import Arrivals
     from modelp2p.loader.device import Device
-    from modelp2p.loader.pipeline import Tools
     from modelp2p.loader.plan import Want
     from modelp2p.loader.shard import Shard
     from modelp2p.loader.stats import LoadStats
     from modelp2p.loader.targets import Target
+    from modelp2p.loader.tools import Tools
 
 ARRIVING_SPAN_BYTES = 4 << 20
 """Spans of a release that is still being fetched: a tensor is handed out with its span, and large ones are long in coming."""

@@ -28,69 +28,29 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from modelp2p.loader.gpu import Batch
-from modelp2p.loader.hashing import RUN_BYTES
+from modelp2p.loader.reading import Readings
 from modelp2p.loader.targets import Target, new_target
-from modelp2p.loader.windows import Transfers, Window, WindowError, Windows
-from modelp2p.protocol.errors import IntegrityError, StoreError
+from modelp2p.loader.windows import Window, WindowError, Windows
+from modelp2p.protocol.errors import IntegrityError
 from modelp2p.protocol.merkle import HASH_BYTES
 
 if TYPE_CHECKING:
     import torch
 
     from modelp2p.loader.device import Device, Event, Verdict
-    from modelp2p.loader.gpu import Verifier
-    from modelp2p.loader.hashers import Hashers
-    from modelp2p.loader.hashing import Workers
     from modelp2p.loader.plan import Plan, Span, Want
-    from modelp2p.loader.readers import Reader
-    from modelp2p.loader.ring import Lane, Ring
+    from modelp2p.loader.reading import Reading
+    from modelp2p.loader.ring import Lane
     from modelp2p.loader.shard import Shard
+    from modelp2p.loader.tools import Tools
 
 REREADS = 2
 """How often a bad span is read again before anybody is asked; each costs one span."""
 REPAIRS = 3
 """How often one span is repaired: an answer of "try again" must not be able to go on for ever."""
-READ_ALIGNMENT = 1 << 20
-"""Reads are cut at multiples of this, where pieces do not say otherwise: blocks of any disk divide it."""
-
-OnBad = Callable[[str, int], bool]
-"""Told path and piece; returns whether the file was repaired, so that reading it again is worth while."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """What a flow works with."""
-
-    device: Device
-    ring: Ring
-    workers: Workers
-    hashers: Hashers
-    verifier: Verifier | None
-    """Who proves on the device; None: the workers do, in host memory."""
-    reader_of: Callable[[Shard], Reader]
-    on_bad: OnBad | None = None
-    on_reread: Callable[[], None] = lambda: None
-    on_repair: Callable[[int], None] = lambda pieces: None
-    transfers: Transfers = field(default_factory=Transfers)
-
-
-class Reading(Protocol):
-    """What makes the bytes of a span ready to be uploaded: readers of a host slot, or a window being page-locked."""
-
-    def is_done(self) -> bool:
-        """Whether `wait` would not block."""
-
-    def wait(self) -> None:
-        """Return when they are ready; raises what went wrong."""
-
-    def finish(self) -> None:
-        """Return when nothing reads any more, well or not."""
-
-    def abandon(self) -> None:
-        """Stop, and return when nothing reads any more."""
 
 
 @dataclass(slots=True)
@@ -161,6 +121,7 @@ class _Flow:
         self._shards, self._plan, self._tools = shards, made, tools
         self._on_span, self._target_of = on_span, target_of
         self._windows = windows
+        self._readings = Readings(shards, tools, windows)
         self._todo = deque(enumerate(made.spans))
         self._free = list(lanes)
         self._reading: deque[_Flight] = deque()
@@ -227,39 +188,8 @@ class _Flow:
     def _read(self, lane: Lane) -> None:
         """Get the next span ready to be uploaded, in this lane."""
         number, span = self._todo.popleft()
-        window = self._window_on(span)
-        reading = self._reading_of(lane, span) if window is None else window
+        reading, window = self._readings.first(lane, span)
         self._reading.append(_Flight(number, span, lane, reading, window))
-
-    def _window_on(self, span: Span) -> Window | None:
-        shard = self._shards[span.file]
-        if not self._tools.transfers.is_by_window(shard):
-            return None
-        try:
-            return self._windows.open(shard.source, span.begin, span.end)
-        except StoreError as exc:
-            self._tools.transfers.refuse(shard, exc.message)
-            return None
-
-    def _reading_of(self, lane: Lane, span: Span) -> Reading:
-        """Read a span to the start of a host slot and, if the workers prove, prove every piece of it there."""
-        self._tools.ring.stage(lane)
-        shard = self._shards[span.file]
-        table, reader = shard.table, self._tools.reader_of(shard)
-        is_proving = shard.way.is_hashed and self._tools.verifier is None
-        unit = table.piece_length if is_proving else READ_ALIGNMENT
-
-        def task(run: range) -> None:
-            data = lane.view[run.start - span.begin : run.stop - span.begin]
-            reader.read_into(data, run.start)
-            if is_proving:
-                self._tools.hashers.prove(table, table.over(run.start, run.stop), data, lane.fd, span.begin)
-
-        # Small enough that every worker has a run, also where a span is only a few pieces.
-        units = -(-span.size // unit)
-        step = unit * max(1, min(RUN_BYTES // unit, -(-units // self._tools.workers.count)))
-        runs = [range(at, min(at + step, span.end)) for at in range(span.begin, span.end, step)]
-        return self._tools.workers.start(task, runs)
 
     def _launch(self, flight: _Flight) -> None:
         """What was read goes to the device, to be proven there or, proven already, to be placed."""
@@ -287,7 +217,7 @@ class _Flow:
         except WindowError as exc:
             self._tools.transfers.refuse(self._shards[flight.span.file], exc.message)
             self._let_go(flight)
-            flight.reading = self._reading_of(flight.lane, flight.span)
+            flight.reading = self._readings.again(flight.lane, flight.span)
             return self._ended(flight)
         except IntegrityError as exc:
             piece = exc.facts.get("piece")
@@ -332,7 +262,7 @@ class _Flow:
                 self._tools.on_repair(len(bad))
             else:
                 self._refuse(flight, bad[0])
-            flight.reading = self._reading_of(flight.lane, flight.span)
+            flight.reading = self._readings.again(flight.lane, flight.span)
             bad = self._ended(flight)
             if not bad:
                 self._upload(flight)

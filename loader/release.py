@@ -23,12 +23,12 @@ from modelp2p.loader.hashing import Workers
 from modelp2p.loader.model import Model, Scattered, fitted, tensors_of
 from modelp2p.loader.opening import Opening
 from modelp2p.loader.parts import Part, part_of
-from modelp2p.loader.pipeline import OnBad, Tools
 from modelp2p.loader.plan import Cuts, Want, cut_of
 from modelp2p.loader.readers import READERS, Reader, choose, evidence_of, reader_of
 from modelp2p.loader.ring import Ring
 from modelp2p.loader.stats import LoadStats
 from modelp2p.loader.targets import Target, existing_target
+from modelp2p.loader.tools import OnBad, Tools
 from modelp2p.loader.windows import TRANSFERS, Transfers
 from modelp2p.protocol.errors import FormatError, NotFoundError, UsageError
 from modelp2p.protocol.safetensors import DEFAULT_MAX_HEADER_BYTES
