@@ -16,10 +16,11 @@ import click
 from modelp2p.cli import local_dir as local
 from modelp2p.cli.app import App, pass_app
 from modelp2p.cli.connection import daemon
-from modelp2p.cli.options import Rate, client_options, peer_option, timeout_option, together
+from modelp2p.cli.hfcache import cache_folder, put_into_cache
+from modelp2p.cli.options import Rate, cache_dir_option, client_options, peer_option, timeout_option, together
 from modelp2p.cli.output import emit_block, emit_json, out, say, table
 from modelp2p.cli.progress import progress_of
-from modelp2p.cli.refs import open_user_path, ref_args, typed_ref
+from modelp2p.cli.refs import name_of, open_user_path, ref_args, text_of, typed_ref
 from modelp2p.cli.results import Row
 from modelp2p.cli.units import rate_text, size_text
 from modelp2p.protocol.errors import DaemonError, InterruptedFetchError
@@ -43,6 +44,7 @@ _fetch_options = together(
     click.option("--no-seed", is_flag=True, help="Do not seed it afterwards."),
     click.option("--max-up", type=Rate(), help="Upload limit of this release, such as 200M."),
     click.option("--max-down", type=Rate(), help="Download limit of this release."),
+    click.option("--no-hf-cache", is_flag=True, help="Do not put it into the Hugging Face cache."),
 )
 
 
@@ -57,6 +59,7 @@ class _Flags(TypedDict):
     no_seed: bool
     max_up: int | None
     max_down: int | None
+    no_hf_cache: bool
 
 
 @click.command()
@@ -76,8 +79,12 @@ def fetch(
     """
     if local_dir is not None and (dry_run or detach):
         raise click.UsageError("--local-dir needs the files: it does not go with --dry-run or --detach")
+    typed = typed_ref(ref, revision)
     args = _args_of(flags) | {"dry_run": dry_run, "detach": detach}
-    result, contents, seconds = _run(app, "fetch", typed_ref(ref, revision), args, [], detach=detach)
+    # As with `hf download`, files that get a folder of their own are not for the cache.
+    is_for_cache = not (dry_run or detach or local_dir is not None or flags["no_hf_cache"])
+    cache = cache_folder(app.environ) if is_for_cache else None
+    result, contents, seconds = _run(app, "fetch", typed, args, [], cache, detach=detach)
     if dry_run:
         _show_plan(app, result, contents)
         return
@@ -90,15 +97,33 @@ def fetch(
 
 @click.command()
 @click.argument("ref")
-@click.argument("path", type=click.Path())
+@click.argument("path", type=click.Path(), required=False)
+@click.option("--from-hf", is_flag=True, help="Take them from the Hugging Face cache, also what was interrupted.")
+@cache_dir_option
 @_fetch_options
 @client_options
 @pass_app
-def adopt(app: App, /, ref: str, path: str, revision: str | None, **flags: Unpack[_Flags]) -> None:
+def adopt(
+    app: App,
+    /,
+    ref: str,
+    path: str | None,
+    from_hf: bool,
+    cache_dir: str | None,
+    revision: str | None,
+    **flags: Unpack[_Flags],
+) -> None:
     """Take the good bytes of REF from PATH, a folder or file of yours, and fetch the rest.
 
-    Nothing at PATH is changed: the store gets copies (sharing blocks where the file system can).
+    Nothing at PATH is changed: the store gets copies (sharing blocks where the file system can). With --from-hf it is what the
+    Hugging Face cache holds of the model.
     """
+    if (path is None) != from_hf:
+        raise click.UsageError("give either PATH or --from-hf")
+    from modelp2p.cli.hfcache_reading import adoptable, blobs_of
+
+    typed, cache = typed_ref(ref, revision), cache_folder(app.environ, cache_dir)
+    path = blobs_of(cache, name_of(typed)) if path is None else adoptable(path)
     fd = open_user_path(path, "file or folder")
     try:
         mode = os.fstat(fd).st_mode
@@ -108,7 +133,7 @@ def adopt(app: App, /, ref: str, path: str, revision: str | None, **flags: Unpac
         if stat.S_ISREG(mode):
             # A descriptor has no name; which file of the release it may be is told by its last component.
             args["file_name"] = os.path.basename(path)
-        result, _, seconds = _run(app, "adopt", typed_ref(ref, revision), args, [fd])
+        result, _, seconds = _run(app, "adopt", typed, args, [fd], None if flags["no_hf_cache"] else cache)
     finally:
         os.close(fd)
     _show_result(app, result, seconds)
@@ -127,8 +152,10 @@ def _args_of(flags: _Flags) -> Map:
     return args | {key: value for key, value in optional.items() if value is not None}
 
 
-def _run(app: App, verb: str, ref: Ref, args: Map, fds: Sequence[int], *, detach: bool = False) -> tuple[Row, list[bytes], float]:
-    """The reply, what its descriptors hold, and the seconds it took."""
+def _run(
+    app: App, verb: str, ref: Ref, args: Map, fds: Sequence[int], cache: str | None, *, detach: bool = False
+) -> tuple[Row, list[bytes], float]:
+    """The reply, what its descriptors hold, and the seconds it took; the release also goes into the Hugging Face `cache`."""
     started = time.monotonic()
     by_name = verb == "fetch" and isinstance(ref, NameRef)
     with ref_args(ref) as (ref_map, ref_fds), daemon(app, service=by_name) as client:
@@ -136,6 +163,14 @@ def _run(app: App, verb: str, ref: Ref, args: Map, fds: Sequence[int], *, detach
         try:
             with progress:
                 reply = client.call(verb, {**args, **ref_map}, [*ref_fds, *fds], progress.on_event)
+            seconds = time.monotonic() - started
+            if detach:
+                client.detach()
+            result, contents = Row(reply.result), reply.read_fds(MAX_PLAN_BYTES)
+            if cache is not None:
+                # A name alone asks for this revision to be the one that the name means; a revision, a link or a bundle does not.
+                moves_main = isinstance(ref, NameRef) and ref.revision is None
+                result.source["hf_cache"] = put_into_cache(app, client, result, cache, text_of(ref), moves_main=moves_main)
         except KeyboardInterrupt as exc:
             share = progress.situation.percent
             raise InterruptedFetchError(
@@ -144,15 +179,13 @@ def _run(app: App, verb: str, ref: Ref, args: Map, fds: Sequence[int], *, detach
                 done=progress.situation.done,
                 total=progress.situation.total,
             ) from exc
-        if detach:
-            client.detach()
-    result, contents = Row(reply.result), reply.read_fds(MAX_PLAN_BYTES)
     # The daemon's own time leaves out its start; on the wire it has no fraction.
     milliseconds = result.source.pop("milliseconds", None)
-    return result, contents, milliseconds / 1000 if isinstance(milliseconds, int) else time.monotonic() - started
+    return result, contents, milliseconds / 1000 if isinstance(milliseconds, int) else seconds
 
 
 def _show_result(app: App, result: Row, seconds: float) -> None:
+    result.source.setdefault("hf_cache", None)
     if app.as_json:
         emit_json(result.first(*_KEYS) | {"seconds": round(seconds, 3)})
         return
@@ -163,6 +196,7 @@ def _show_result(app: App, result: Row, seconds: float) -> None:
     emit_block(
         [
             ("Path", result.text("path")),
+            ("HF cache", result.source.get("hf_cache")),
             ("Release", result.ref),
             ("Signed by", result.text("publisher") + unverified),
             ("Adopted", size_text(result.number("adopted")) if "adopted" in result.source else ""),

@@ -38,7 +38,7 @@ def place(tree: str, folder: str, include: tuple[str, ...] = (), exclude: tuple[
             for path in missing:
                 fd = _open(source, path)
                 try:
-                    place_copy(fd, target, path, OWN_INODE_WAYS, folder_mode=0o777 & ~_umask())
+                    place_copy(fd, target, path, OWN_INODE_WAYS, folder_mode=0o777 & ~umask())
                 finally:
                     os.close(fd)
                 _give_usual_mode(target, path)
@@ -102,7 +102,7 @@ def _give_usual_mode(target: int, path: str) -> None:
 
     fd = open_beneath(target, path, os.O_RDONLY)
     try:
-        os.fchmod(fd, 0o666 & ~_umask())
+        os.fchmod(fd, 0o666 & ~umask())
     except OSError as exc:
         # File systems without modes (exFAT, some network ones) have nothing to give.
         if exc.errno not in (errno.EPERM, errno.ENOTSUP):
@@ -111,7 +111,8 @@ def _give_usual_mode(target: int, path: str) -> None:
         os.close(fd)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The bits that new files of this process do not get."""
     # The only way to read it is to set it; this process has one thread that creates files.
     mask = os.umask(0o077)
     os.umask(mask)

@@ -43,11 +43,13 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "verify": ("modelp2p.cli.releases", "verify", "Read a release back and check every byte."),
     "load": ("modelp2p.cli.load", "load", "Load a release onto a device, with timings."),
     "adopt": ("modelp2p.cli.fetch", "adopt", "Take over files that are here already; fetch the rest."),
+    "materialize": ("modelp2p.cli.materialize", "materialize", "Put a release into the Hugging Face cache."),
     "rm": ("modelp2p.cli.releases", "rm", "Remove a release from this node."),
     "gc": ("modelp2p.cli.releases", "gc", "Remove what no release needs."),
     "trust": ("modelp2p.cli.trust", "trust", "Which publisher may speak for which name."),
     "keys": ("modelp2p.cli.keys", "keys", "The keys you publish with."),
     "demo": ("modelp2p.cli.demo", "demo", "See the whole job done between two nodes on this machine."),
+    "env": ("modelp2p.cli.env", "env", "The address of the gateway, for Hugging Face programs."),
     "config": ("modelp2p.cli.config", "config", "Show and check the configuration."),
 }
 # What users of other tools type first.

@@ -142,6 +142,9 @@ _profile_option: Decorator[Any] = click.option(
 peer_option: Decorator[Any] = click.option(
     "--peer", "peers", multiple=True, type=Peer(), help="A node that has it; may be repeated."
 )
+cache_dir_option: Decorator[Any] = click.option(
+    "--cache-dir", metavar="DIR", help="The Hugging Face cache; default: where huggingface_hub keeps it."
+)
 timeout_option: Decorator[Any] = click.option(
     "--timeout",
     "timeout_s",

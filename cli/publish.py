@@ -8,36 +8,45 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import click
 
 from modelp2p.cli.app import App, pass_app
 from modelp2p.cli.connection import daemon
+from modelp2p.cli.hfcache import cache_folder
+from modelp2p.cli.hfcache_reading import find_snapshot, linked
 from modelp2p.cli.keyring import key_of
-from modelp2p.cli.options import client_options
+from modelp2p.cli.options import cache_dir_option, client_options
 from modelp2p.cli.output import emit_block, emit_json, out, say, table
 from modelp2p.cli.passphrase import ask, passphrase_from_file
 from modelp2p.cli.progress import progress_of
 from modelp2p.cli.refs import local_release_of, open_user_path, ref_args, typed_ref
 from modelp2p.cli.results import Row
 from modelp2p.cli.units import size_text
-from modelp2p.protocol.errors import FormatError, UsageError
+from modelp2p.protocol.errors import FormatError, UntrustedError, UsageError
+from modelp2p.protocol.hfcache import Listed
 from modelp2p.protocol.names import BundleRef, ModelName, check_revision
 
 if TYPE_CHECKING:
     from modelp2p.cli.connection import Client
+    from modelp2p.cli.hfcache_reading import Snapshot
     from modelp2p.protocol.codec import Map
     from modelp2p.protocol.manifest import Manifest
 
 _KEYS = ("link", "name", "revision", "info_hash", "manifest", "publisher", "files", "bytes", "seconds")
 _MOST_ROWS = 20
+_HUB = "https://huggingface.co"
+"""Where the files of a cached commit can also be had, as a BEP 19 web seed: commit and path follow `resolve/`."""
 
 
 @click.command()
-@click.argument("directory", type=click.Path())
-@click.option("--as", "name", required=True, metavar="ORG/MODEL", help="The name it gets.")
+@click.argument("directory", type=click.Path(), required=False)
+@click.option("--as", "name", metavar="ORG/MODEL", help="The name it gets.")
+@click.option("--from-hf", metavar="ORG/MODEL[@REV]", help="Publish this snapshot of the Hugging Face cache instead of a folder.")
+@cache_dir_option
 @click.option("--key", metavar="NAME", help="The key to sign with; needed where there are several.")
 @click.option("--passphrase-file", metavar="FILE", help="Read the key's passphrase from the first line of FILE.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Only files that match; may be repeated.")
@@ -55,8 +64,10 @@ _MOST_ROWS = 20
 @pass_app
 def publish(
     app: App,
-    directory: str,
-    name: str,
+    directory: str | None,
+    name: str | None,
+    from_hf: str | None,
+    cache_dir: str | None,
     key: str | None,
     passphrase_file: str | None,
     include: Sequence[str],
@@ -74,9 +85,17 @@ def publish(
     """Sign DIRECTORY as a release and print its link.
 
     Nothing in DIRECTORY is changed or uploaded: the files are hashed where they are and served from there. Publishing the same
-    again returns the same link.
+    again returns the same link. With --from-hf it is a model of the Hugging Face cache, whole and under its commit, so that all
+    who publish that commit share one swarm.
     """
-    model = _name_of(name)
+    if (directory is None) == (from_hf is None):
+        raise click.UsageError("give either DIRECTORY or --from-hf")
+    if from_hf is not None and (include or exclude or origin is not None):
+        raise click.UsageError("--from-hf publishes a commit as it is: it does not go with --include, --exclude or --origin")
+    snapshot = None if from_hf is None else find_snapshot(cache_folder(app.environ, cache_dir), from_hf)
+    if name is None and snapshot is None:
+        raise click.UsageError("--as is missing: say which name the folder gets")
+    model = snapshot.name if name is None and snapshot is not None else _name_of(name or "")
     folder = key_of(app.keys_folder, key)
     sealed = folder.release_key()
     passphrase = None
@@ -101,25 +120,48 @@ def publish(
         args["license_file"] = license_file
     if origin is not None:
         args["origin"] = _origin(origin)
-    source = open_user_path(directory, "folder", os.O_DIRECTORY)
+    if snapshot is not None:
+        args["origin"] = {"repo": str(snapshot.name), "commit": snapshot.commit}
+        args["web_seeds"] = list(dict.fromkeys((*web_seeds, f"{_HUB}/{snapshot.name}/resolve/")))
     started = time.monotonic()
-    try:
-        with daemon(app) as client:
-            args["lineage"] = [_lineage(client, base) for base in bases]
-            with progress_of(app) as progress:
-                prepared = client.call("publish", args, [source], progress.on_event)
-            from modelp2p.cli.signing import existing_or_signed, read_prepared
+    with daemon(app) as client:
+        args["lineage"] = [_lineage(client, base) for base in bases]
+        with _source(app, directory, snapshot) as fds, progress_of(app) as progress:
+            prepared = client.call("publish", args, fds, progress.on_event)
+        from modelp2p.cli.signing import existing_or_signed, read_prepared
 
-            manifest, payload, existing = read_prepared(prepared, args)
-            _show_manifest(app, manifest, folder.name, Row(prepared.result))
-            envelope = existing_or_signed(manifest, payload, existing, private, chain, folder)
-            result = _commit(client, Row(prepared.result), envelope, chain.documents, seed=not no_seed)
-            # A daemon that came for this command leaves with it: saying "seeding" would be a promise nobody keeps.
-            seeding = result.flag("seeding") and client.started_pid is None
-    finally:
-        os.close(source)
+        manifest, payload, existing = read_prepared(prepared, args)
+        if snapshot is not None and tuple(map(Listed.of, manifest.files)) != snapshot.files:
+            raise UntrustedError("the daemon prepared a manifest of other files than the commit has. It was not signed.")
+        _show_manifest(app, manifest, folder.name, Row(prepared.result))
+        envelope = existing_or_signed(manifest, payload, existing, private, chain, folder)
+        result = _commit(client, Row(prepared.result), envelope, chain.documents, seed=not no_seed)
+        # A daemon that came for this command leaves with it: saying "seeding" would be a promise nobody keeps.
+        seeding = result.flag("seeding") and client.started_pid is None
     result.source["seeding"] = seeding
     _show_result(app, result, time.monotonic() - started)
+
+
+@contextmanager
+def _source(app: App, directory: str | None, snapshot: Snapshot | None) -> Iterator[list[int]]:
+    """The descriptors of `publish`: the folder, and for a snapshot its listing."""
+    if snapshot is None:
+        assert directory is not None
+        fd = open_user_path(directory, "folder", os.O_DIRECTORY)
+        try:
+            yield [fd]
+        finally:
+            os.close(fd)
+        return
+    from modelp2p.cli.signing import sealed_memory
+    from modelp2p.protocol.hfcache import encode_listing
+
+    listing = sealed_memory("listing", encode_listing(snapshot.files))
+    try:
+        with linked(snapshot, app.home) as folder:
+            yield [folder, listing]
+    finally:
+        os.close(listing)
 
 
 def _commit(client: Client, prepared: Row, envelope: bytes, documents: Sequence[bytes], *, seed: bool) -> Row:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from modelp2p.protocol.errors import NotFoundError, UntrustedError, UsageError
-from modelp2p.protocol.names import BundleRef, LinkRef, NameRef, Ref, parse_ref
+from modelp2p.protocol.names import BundleRef, LinkRef, ModelName, NameRef, Ref, parse_ref
 
 if TYPE_CHECKING:
     from modelp2p.protocol.codec import Map
@@ -68,6 +68,35 @@ def ref_args(ref: Ref) -> Iterator[tuple[Map, list[int]]]:
                 yield {"ref": "", "bundle": True}, [fd]
             finally:
                 os.close(fd)
+
+
+def text_of(ref: Ref) -> str:
+    """A reference as it was typed."""
+    match ref:
+        case NameRef():
+            return str(ref)
+        case LinkRef(text):
+            return text
+        case BundleRef(path):
+            return path
+
+
+def name_of(ref: Ref) -> ModelName:
+    """The model a reference is about.
+
+    Raises:
+        NotFoundError: there is no such bundle file.
+        UntrustedError: it does not hold.
+    """
+    match ref:
+        case NameRef(name):
+            return name
+        case LinkRef(text):
+            from modelp2p.protocol.links import parse_link
+
+            return parse_link(text).name
+        case BundleRef(path):
+            return ModelName.parse(local_release_of(path)[0])
 
 
 def open_user_path(path: str, what: str, flags: int = 0) -> int:

@@ -24,6 +24,7 @@ from modelp2p.daemon.settings import (
     boolean,
     choice,
     count,
+    http_origin,
     listed,
     optional,
     rate,
@@ -38,6 +39,7 @@ from modelp2p.protocol.errors import UsageError
 Origin = Literal["default", "file", "flag"]
 
 DEFAULT_PORT = 16881
+DEFAULT_HTTP_PORT = 16880
 # Both families; the only addresses whose port may move when it is busy.
 DEFAULT_LISTEN = (f"0.0.0.0:{DEFAULT_PORT}", f"[::]:{DEFAULT_PORT}")
 
@@ -173,6 +175,21 @@ class Control(_Section):
 
 
 @dataclass(frozen=True, slots=True)
+class Gateway(_Section):
+    """The Hugging Face endpoint on loopback; `modelp2p env` prints its address."""
+
+    enabled: bool = setting(True, boolean)
+    """Whether a daemon in the foreground, or a service, has one."""
+    port: int | None = setting(None, optional(count(0, 65_535)))
+    """Where it listens, on 127.0.0.1 and ::1; 0 picks a free one. Unset is 16880, or the next free one below it."""
+    unknown: str = setting("deny", choice("deny", "fetch", "redirect"))
+    """What becomes of what is not here. `deny`: an error. `fetch`: known releases of trusted publishers are fetched, the rest is
+    denied. `redirect`: the client is sent to `origin`, to which it shows its own token."""
+    origin: str = setting("https://huggingface.co", http_origin)
+    """Where `redirect` sends clients."""
+
+
+@dataclass(frozen=True, slots=True)
 class Log(_Section):
     """What the daemon says on stderr."""
 
@@ -190,6 +207,7 @@ class Config:
     fetch: Fetch = field(default_factory=Fetch)
     hashing: Hashing = field(default_factory=Hashing)
     control: Control = field(default_factory=Control)
+    gateway: Gateway = field(default_factory=Gateway)
     log: Log = field(default_factory=Log)
 
     def get(self, key: str) -> object:
@@ -226,7 +244,7 @@ class Described(NamedTuple):
 
 
 _SECTIONS: Mapping[str, type[_Section]] = {
-    kind.__name__.lower(): kind for kind in (Network, Store, Policy, Fetch, Hashing, Control, Log)
+    kind.__name__.lower(): kind for kind in (Network, Store, Policy, Fetch, Hashing, Control, Gateway, Log)
 }
 KEYS: tuple[str, ...] = tuple(f"{section}.{name}" for section, kind in _SECTIONS.items() for name in kind.names())
 
@@ -289,6 +307,8 @@ def parse_peers_file(content: str) -> tuple[str, ...]:
 def _effective(config: Config, key: str) -> object:
     if key == "network.listen":
         return config.network.listen_on
+    if key == "gateway.port" and config.gateway.port is None:
+        return DEFAULT_HTTP_PORT
     value = config.get(key)
     return getattr(config.network.discovery, key.partition(".")[2]) if value is None else value
 

@@ -249,6 +249,23 @@ class ReleaseFolder:
             if stamp != done.stamp:
                 self._journal.append(FileDone(path, stamp, done.borrowed))
 
+    def note_links(self) -> int:
+        """Journal the new ctime of finished files that only got another name, such as one in a cache of their owner's.
+
+        What nobody but the owner may write, and what has kept inode, length and mode, was not written to. Returns how many.
+        """
+        records = []
+        for path, done in self.state.files.items():
+            with on_disk(f"cannot look at '{path}'"):
+                seen = os.stat(self.store.path(f"{self._tree}/{path}"), follow_symlinks=False)
+            is_ours = seen.st_uid == os.geteuid() and seen.st_mode & 0o777 == 0o444 and not done.borrowed
+            if is_ours and done.stamp.matches(seen, ignore_ctime=True) and not done.stamp.matches(seen):
+                records.append(FileDone(path, FileStamp.of(seen), borrowed=False))
+        if records:
+            self._journal.append(*records)
+            self.save_record()
+        return len(records)
+
     def select(self, selection: Selection) -> None:
         """Journal what was asked for."""
         if self.state.selection != selection:
@@ -340,8 +357,10 @@ class ReleaseFolder:
         if staged is None or self._stat(path) is None:
             return
         known = self._recorded(path)
-        if known is not None and known.borrowed and (known.dev, known.ino) == (staged.st_dev, staged.st_ino):
-            # The user's own file: our name for it goes, and its content is taken in as a copy.
+        is_borrowed = known is not None and known.borrowed and (known.dev, known.ino) == (staged.st_dev, staged.st_ino)
+        is_shared = staged.st_mode & 0o777 == 0o444 and staged.st_uid == os.geteuid() and self._names_of(path) > 1
+        if is_borrowed or is_shared:
+            # The user's own file, or one that a cache of theirs has too: our name for it goes, its content is taken in as a copy.
             fd = self.open_staged(path)
             try:
                 place_copy(fd, self.store.fd, f"{self._data}/{path}", OWN_INODE_WAYS, replace=True)
@@ -384,6 +403,10 @@ class ReleaseFolder:
             return os.stat(self.store.path(f"{self._data}/{path}"), follow_symlinks=False)
         except OSError:
             return None
+
+    def _names_of(self, path: str) -> int:
+        now = self._stat(path)
+        return now.st_nlink if now else 0
 
     def _forget(self, path: str) -> None:
         owned = self.release.pieces.pieces_of(path)

@@ -1,4 +1,6 @@
-"""Streams: loaders that read a release while it is being fetched. They hear what is proven, and say what they need next.
+"""Streams: who reads a release while it is being fetched hears what is proven, and says what it needs next.
+
+Loaders do so over the control socket, each call of which is a verb here; the gateway has its streams in this process.
 
     stream_open ─► the statement, to be verified by the loader itself
     stream_follow ─► (long call, a second connection) ranges of pieces as they are proven, until the fetch has ended
@@ -7,7 +9,7 @@
 
 Invariants:
 - a piece is told only once it is journaled: read back, hashed, and its data on the disk;
-- a stream belongs to the connection that opened it and ends with it; then the pieces it hurried are ordinary again;
+- a stream belongs to the connection that began it and ends with it; then the pieces it hurried are ordinary again;
 - nobody hurries what the fetch under way does not ask for, so nothing unreserved is ever written;
 - events wait for a slow reader instead of being dropped, so a difference is always one to what was heard.
 
@@ -21,7 +23,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import trio
 
@@ -54,17 +56,23 @@ _SESSION_KEY = "stream"
 _NOBODY_HINT = "Start a fetch of it ('modelp2p fetch REF', with --detach to leave it to the daemon), then load while it runs."
 
 
+Door = Literal["owner", "public", "gateway"]
+"""How a reader came in. Each has its own streams, so that none takes what is another's."""
+
+
 @dataclass(slots=True, eq=False)
-class _Stream:
+class Stream:
     """One reader."""
 
     token: str
     release: Release
     shared: Shared
+    door: Door
     wishes: tuple[Span, ...] = ()
-    is_strangers: bool = False
     is_open: bool = True
     is_followed: bool = False
+    steered: float = 0.0
+    """When what it ordered was last told again; of `wait_news`."""
 
 
 @dataclass(slots=True)
@@ -84,7 +92,7 @@ class Streams:
         self._node = node
         self._nursery = nursery
         self._sealed = cache
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Stream] = {}
         self._told: dict[bytes, _Told] = {}
 
     def __repr__(self) -> str:
@@ -102,14 +110,11 @@ class Streams:
             raise UsageError("this connection has a stream already")
         entry = self._entry(call)
         shared = self._node.of(entry.info_hash)
-        if not (_is_under_way(shared) or shared.is_complete or shared.is_partial):
+        if not (is_under_way(shared) or shared.is_complete or shared.is_partial):
             raise NotFoundError(f"{entry.ref} is not complete here, and nobody is fetching it", hint=_NOBODY_HINT)
         release = await trio.to_thread.run_sync(self._node.library.release, entry.digest)
         statement = await trio.to_thread.run_sync(self._node.store.load_statement, entry.digest)
-        self._check_room(entry.info_hash, is_strangers=call.is_strangers)
-        stream = _Stream(secrets.token_hex(16), release, shared, is_strangers=call.is_strangers)
-        self._streams[stream.token] = stream
-        call.session[_SESSION_KEY] = stream
+        stream = call.session[_SESSION_KEY] = self.begin(release, shared, "public" if call.is_strangers else "owner")
         fds: list[int] = []
         try:
             for name, data in statement.files().items():
@@ -157,7 +162,7 @@ class Streams:
         # Until a fetch has staged its files, what lies there may be about to be replaced.
         while shared.watch.fetches and shared.transfer is None and stream.is_open:
             await shared.watch.wait()
-        return Answer({}, (await trio.to_thread.run_sync(self._open_file, stream.release, path),))
+        return Answer({}, (await trio.to_thread.run_sync(self.open_file, stream.release, path),))
 
     async def want(self, call: Call) -> Answer:
         """`stream_want`: this reader's order from now on.
@@ -167,16 +172,74 @@ class Streams:
         """
         stream = _stream_of(call)
         try:
-            stream.wishes = streaming.decode_wishes(call.args.get("pieces"), stream.release.pieces.total)
+            wishes = streaming.decode_wishes(call.args.get("pieces"), stream.release.pieces.total)
         except FormatError as exc:
             raise UsageError(exc.message) from exc
-        await self._steer(stream.shared)
+        await self.order(stream, wishes)
         return Answer({})
 
     def end(self, session: dict[str, object]) -> None:
         """A connection has gone: its stream, if it had one, goes too."""
         stream = session.pop(_SESSION_KEY, None)
-        if not isinstance(stream, _Stream):
+        if isinstance(stream, Stream):
+            self.finish(stream)
+
+    # For readers in this process
+
+    def begin(self, release: Release, shared: Shared, door: Door) -> Stream:
+        """A new stream; whoever begins it finishes it.
+
+        Raises:
+            DeniedError: too many streams.
+        """
+        taken = [stream for stream in self._streams.values() if stream.door == door]
+        same = sum(stream.shared is shared for stream in taken)
+        if len(taken) >= MAX_STREAMS or same >= MAX_STREAMS_OF_RELEASE:
+            raise DeniedError(
+                "too many programs load from fetches under way",
+                hint=f"At most {MAX_STREAMS} at once, {MAX_STREAMS_OF_RELEASE} from one release. Load when it is complete.",
+            )
+        stream = Stream(secrets.token_hex(16), release, shared, door)
+        self._streams[stream.token] = stream
+        return stream
+
+    async def order(self, stream: Stream, wishes: tuple[Span, ...]) -> None:
+        """This reader's order from now on."""
+        stream.wishes = wishes
+        await self._steer(stream.shared)
+
+    def proven(self, stream: Stream) -> Ranges:
+        """What is known to be proven while a transfer goes on; nothing else is."""
+        transfer = stream.shared.transfer
+        return Ranges() if transfer is None else transfer.folder.state.proven
+
+    async def wait_news(self, stream: Stream) -> None:
+        """Until something may have changed, at most `STEER_AGAIN_S`; what was ordered stays in force."""
+        with trio.move_on_at(stream.steered + STEER_AGAIN_S):
+            await stream.shared.watch.wait()
+        is_old = trio.current_time() - stream.steered >= STEER_AGAIN_S
+        if is_old:
+            stream.steered = trio.current_time()
+        await self._steer(stream.shared, again=is_old)
+        await trio.sleep(EVENT_S)
+
+    def open_file(self, release: Release, path: str) -> int:
+        """A read-only descriptor, the caller's, of a file in the engine's folder or finished. Blocks.
+
+        Raises:
+            NotFoundError: not begun.
+        """
+        folder = self._node.store.fd
+        try:
+            return open_beneath(folder, f"{layout.data_of(release.info_hash)}/{path}", os.O_RDONLY)
+        except NotFoundError:
+            # Shared with another release: it has a name in the visible tree only.
+            tree = layout.tree_of(release.info_hash, release.manifest.revision)
+            return open_beneath(folder, f"{tree}/{path}", os.O_RDONLY)
+
+    def finish(self, stream: Stream) -> None:
+        """The reader has gone: what it hurried is ordinary again. Idempotent."""
+        if not stream.is_open:
             return
         stream.is_open = False
         del self._streams[stream.token]
@@ -184,12 +247,12 @@ class Streams:
         if stream.wishes:
             self._nursery.start_soon(self._steer, stream.shared)
 
-    async def _tell(self, stream: _Stream, send: Callable[[Map], Awaitable[None]]) -> None:
+    async def _tell(self, stream: Stream, send: Callable[[Map], Awaitable[None]]) -> None:
         """Send what is proven while somebody works on it."""
         shared = stream.shared
         told, wanted, note, life = Ranges(), Ranges(), "", 0
         steered = trio.current_time()
-        while stream.is_open and _is_under_way(shared):
+        while stream.is_open and is_under_way(shared):
             proven, asked, waits_for, lives = told, wanted, shared.waits_for, life
             if (transfer := shared.transfer) is not None:
                 proven, lives, waits_for = transfer.folder.state.proven, transfer.lives, ""
@@ -211,7 +274,7 @@ class Streams:
             steered = trio.current_time() if is_old else steered
             await trio.sleep(EVENT_S)
 
-    async def _all_proven(self, stream: _Stream) -> Ranges:
+    async def _all_proven(self, stream: Stream) -> Ranges:
         """What is proven of a release that nobody works on."""
         if stream.shared.is_complete:
             return Ranges.span(0, stream.release.pieces.total)
@@ -268,32 +331,14 @@ class Streams:
             raise UsageError(exc.message, hint=exc.hint) from exc
         return node.library.by_publisher(target.name, publisher)
 
-    def _check_room(self, info_hash: bytes, *, is_strangers: bool) -> None:
-        # Each socket has its own, so that others of the machine never fill the owner's.
-        taken = [stream for stream in self._streams.values() if stream.is_strangers == is_strangers]
-        same = sum(stream.shared.info_hash == info_hash for stream in taken)
-        if len(taken) >= MAX_STREAMS or same >= MAX_STREAMS_OF_RELEASE:
-            raise DeniedError(
-                "too many programs load from fetches under way",
-                hint=f"At most {MAX_STREAMS} at once, {MAX_STREAMS_OF_RELEASE} from one release. Load when it is complete.",
-            )
 
-    def _open_file(self, release: Release, path: str) -> int:
-        folder = self._node.store.fd
-        try:
-            return open_beneath(folder, f"{layout.data_of(release.info_hash)}/{path}", os.O_RDONLY)
-        except NotFoundError:
-            # Shared with another release: it has a name in the visible tree only.
-            tree = layout.tree_of(release.info_hash, release.manifest.revision)
-            return open_beneath(folder, f"{tree}/{path}", os.O_RDONLY)
-
-
-def _is_under_way(shared: Shared) -> bool:
+def is_under_way(shared: Shared) -> bool:
+    """Whether somebody fetches this content, or will."""
     return shared.watch.fetches > 0 or shared.jobs > 0
 
 
-def _stream_of(call: Call) -> _Stream:
+def _stream_of(call: Call) -> Stream:
     stream = call.session.get(_SESSION_KEY)
-    if not isinstance(stream, _Stream):
+    if not isinstance(stream, Stream):
         raise UsageError("this connection has no stream")
     return stream

@@ -1,8 +1,8 @@
 """The composition root: builds one daemon from a home and a configuration, and takes it down in order.
 
-Start: lock, store, library, hash workers, swarm, control socket, detached fetches, `READY`. End (SIGTERM, SIGINT, `stop`, or
-idle on demand): clients are cut off, transfers leave the swarm, the engine gets up to 5 s, and the process exits 0. All resume
-state is in the journals before that, so `kill -9` at any moment loses nothing that was proven.
+Start: lock, store, library, hash workers, swarm, control socket, gateway, detached fetches, `READY`. End (SIGTERM, SIGINT,
+`stop`, or idle on demand): clients are cut off, transfers leave the swarm, the engine gets up to 5 s, and the process exits 0.
+All resume state is in the journals before that, so `kill -9` at any moment loses nothing that was proven.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from modelp2p.daemon.control import ControlServer
 from modelp2p.daemon.diskerror import on_disk
 from modelp2p.daemon.files import atomic_symlink
 from modelp2p.daemon.gate import OwnerGate
+from modelp2p.daemon.gateway import load_token
 from modelp2p.daemon.hashing import HashPool
+from modelp2p.daemon.httpd import HttpServer
 from modelp2p.daemon.library import Library
 from modelp2p.daemon.lock import HomeLock, this_daemon
 from modelp2p.daemon.node import Node
@@ -140,6 +142,8 @@ async def _serve(node: Node, nursery: trio.Nursery, address: Path, given: Surrou
         await inner.start(server.serve)
         if given.service_dir and node.config.control.public:
             await _serve_public(node, inner, service, Path(given.service_dir))
+        if node.config.gateway.enabled and not given.on_demand:
+            await _serve_gateway(node, inner, service)
         port = 0
         if not given.on_demand:
             port = (await node.swarm.wait_listening()).port
@@ -166,6 +170,14 @@ async def _serve_public(node: Node, nursery: trio.Nursery, service: Service, fol
     await nursery.start(server.serve)
     # For those who name the home instead of the service.
     await trio.to_thread.run_sync(atomic_symlink, server.path, node.store.path(layout.PUBLIC_SOCKET))
+
+
+async def _serve_gateway(node: Node, nursery: trio.Nursery, service: Service) -> None:
+    """Open the Hugging Face endpoint. Not for a daemon that leaves with its last command: nobody could rely on it."""
+    gateway = service.gateway(await trio.to_thread.run_sync(load_token, node.store))
+    port = await nursery.start(HttpServer(gateway.handle, node.config.gateway.port).serve)
+    service.endpoint = gateway.endpoint(port)
+    log.info("the gateway listens on 127.0.0.1:%d; 'modelp2p env' prints its address", port)
 
 
 async def _seed_all(node: Node, refs: tuple[str, ...] | None) -> None:

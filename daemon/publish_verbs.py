@@ -21,6 +21,7 @@ from modelp2p.daemon.sealed import read_sealed, sealed
 from modelp2p.protocol import codec, layout
 from modelp2p.protocol.envelope import MAX_ENVELOPE_BYTES
 from modelp2p.protocol.errors import CorruptError, FormatError, ModelP2PError, RollbackError, UntrustedError, UsageError
+from modelp2p.protocol.hfcache import MAX_TREE_BYTES, decode_listing
 from modelp2p.protocol.journal import Selection
 from modelp2p.protocol.layers import encode_layers
 from modelp2p.protocol.manifest import MAX_LIST, MAX_UINT, FileEntry, Lineage, Manifest, Origin, check_stated, encode_manifest
@@ -106,13 +107,16 @@ class _Statement:
 async def publish(node: Node, call: Call) -> Answer:
     """Hash the folder in descriptor 0; answers the unsigned manifest, and an envelope that already states the same.
 
+    Descriptor 1, where there is one, is the listing of the commit: exactly these files, with exactly these digests.
+
     Raises:
         UsageError: bad arguments or nothing to publish.
         RollbackError: this node knows a statement of this publisher with that sequence or a higher one.
     """
-    if len(call.fds) != 1:
-        raise UsageError("publish needs exactly one folder as a descriptor")
+    if len(call.fds) not in (1, 2):
+        raise UsageError("publish needs exactly one folder as a descriptor, and at most a listing beside it")
     stated = _Statement.decode(call.args)
+    listing = decode_listing(read_sealed(call.fds[1], MAX_TREE_BYTES)) if len(call.fds) == 2 else ()
     abandon(node, call.session)
     started = trio.current_time()
 
@@ -128,6 +132,7 @@ async def publish(node: Node, call: Call) -> Answer:
         texts(call.args, "include", 1000),
         texts(call.args, "exclude", 1000),
         progress,
+        listing,
     )
     token = secrets.token_hex(8)
     call.session[_SESSION_KEY] = _Pending(token, prepared, started)

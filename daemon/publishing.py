@@ -6,7 +6,8 @@ signs; `commit` verifies the envelope like any foreign one and makes the release
 Invariants:
 - a source file is never changed: a hard link to it is marked `borrowed`, and no mode, byte or length of it is touched;
 - a file that changed while it was read fails the publish;
-- links and hidden files in the folder are not published; links are an error, hidden files are named in the answer.
+- links and hidden files in the folder are not published; links are an error, hidden files are named in the answer;
+- with a listing exactly its files are published, hidden ones too, and only if each is the content that the listing names.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from modelp2p.daemon.hashing import CHUNK_BYTES, FileToHash, HashPool
 from modelp2p.daemon.linking import place_copy
 from modelp2p.protocol import layout, torrent
 from modelp2p.protocol.errors import CorruptError, FormatError, UsageError
+from modelp2p.protocol.hfcache import Listed
 from modelp2p.protocol.journal import FileStamp
 from modelp2p.protocol.kinds import FileKind, kind_of
 from modelp2p.protocol.layers import Layers, make_layers
@@ -71,25 +73,31 @@ async def prepare(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     progress: Progress,
+    listing: tuple[Listed, ...] = (),
 ) -> Prepared:
-    """Take in and hash every regular file below the directory descriptor `source`.
+    """Take in and hash every regular file below the directory descriptor `source`, or exactly those of `listing`.
 
     `template` builds the manifest from (files, piece length, info-hash, revision).
 
     Raises:
         UsageError: nothing to publish, too many files, or a link in the folder.
         FormatError: a path or size that no release may have.
-        CorruptError: a file changed while it was read.
+        CorruptError: a file changed while it was read, or is not what the listing says.
         NoSpaceError: copying was needed and does not fit.
     Cancellation: the staging folder is removed.
     """
-    sizes, skipped = await trio.to_thread.run_sync(_list, source)
+    skipped: tuple[str, ...] = ()
+    if listing:
+        sizes = {item.path: item.size for item in listing}
+    else:
+        sizes, skipped = await trio.to_thread.run_sync(_list, source)
     chosen = chosen_paths(sizes, include, exclude)
     pool.warm(1 + sum(sizes[path] for path in chosen) // CHUNK_BYTES)
     staging = f"{layout.DATA}/{temporary_name(STAGING_PREFIX)}"
     make_dirs_beneath(store.fd, staging, mode=0o700)
     try:
-        return await _prepare(store, pool, source, template, origin, chosen, skipped, staging, progress)
+        listed = {item.path: item for item in listing}
+        return await _prepare(store, pool, source, template, origin, chosen, skipped, staging, progress, listed)
     except BaseException:
         remove_tree_beneath(store.fd, staging)
         raise
@@ -128,6 +136,7 @@ async def _prepare(
     skipped: tuple[str, ...],
     staging: str,
     progress: Progress,
+    listed: Mapping[str, Listed],
 ) -> Prepared:
     ways = {path: await trio.to_thread.run_sync(_take_in, source, store, staging, path) for path in paths}
     stamps = {path: FileStamp.of(_stat(store, staging, path)) for path in paths}
@@ -143,7 +152,7 @@ async def _prepare(
     def opener(path: str) -> Callable[[], int]:
         return lambda: open_beneath(store.fd, f"{staging}/{path}", os.O_RDONLY)
 
-    use_git = {path: _is_text(store, staging, path, stamps[path].size) for path in paths}
+    use_git = {path: listed[path].is_git if listed else _is_text(store, staging, path, stamps[path].size) for path in paths}
     jobs = [FileToHash(opener(path), stamps[path].size, use_git[path]) for path in paths]
     hashes = await pool.hash_files(jobs, piece_length, hashed)
     for path in paths:
@@ -159,6 +168,12 @@ async def _prepare(
         digest = found.sha256 if size else sha256().digest()
         etag = "git" if use_git[path] else "sha256"
         entries.append(FileEntry(path, size, root, digest, etag, found.git_sha1 if use_git[path] else None, kind_of(path)))
+        if listed and Listed.of(entries[-1]) != listed[path]:
+            raise CorruptError(
+                f"'{path}' is not what its listing says",
+                hint="It is damaged: remove it from the cache and download it again.",
+                path=path,
+            )
     files = tuple(entries)
     revision = origin.commit if origin else content_revision(files)
     info_hash = torrent.info_hash(payload_info(revision, files, piece_length))

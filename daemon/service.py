@@ -18,7 +18,9 @@ from modelp2p.daemon.cleaning import collect_garbage, remove_release
 from modelp2p.daemon.config import config_to_toml
 from modelp2p.daemon.control import Answer, Call
 from modelp2p.daemon.fetch import fetch, plan, resolve, stated, verify, wanted_of
+from modelp2p.daemon.folder import ReleaseFolder
 from modelp2p.daemon.following import Streams
+from modelp2p.daemon.gateway import Gateway
 from modelp2p.daemon.jobs import Jobs, job_of
 from modelp2p.daemon.requests import FetchRequest, Target, flag, peers, rate, text, texts, timeout_s
 from modelp2p.daemon.sealed import SealedCache, read_sealed, sealed
@@ -51,14 +53,18 @@ class Service:
         self._jobs = Jobs(node, nursery, lambda: self.on_idle())
         self._sealed = SealedCache()
         self._streams = Streams(node, nursery, self._sealed)
+        self.endpoint = ""
+        """Of the gateway; empty where this daemon has none."""
         self.on_idle: Callable[[], None] = lambda: None
         """Called when the last job without a client has ended."""
         self._verbs: dict[str, Callable[[Call], Awaitable[Answer]]] = {
             "adopt": self._adopt,
             "config": self._config,
             "fetch": self._fetch,
+            "gateway": self._gateway,
             "gc": self._gc,
             "limits": self._limits,
+            "linked": self._linked,
             "ls": self._ls,
             "publish": lambda call: publish_verbs.publish(self._node, call),
             "publish_commit": lambda call: publish_verbs.publish_commit(self._node, call, on_demand=self._on_demand),
@@ -82,6 +88,10 @@ class Service:
     def is_busy(self) -> bool:
         """Whether jobs without a client are running."""
         return self._jobs.running > 0
+
+    def gateway(self, token: str) -> Gateway:
+        """The HTTP door to what the verbs work on."""
+        return Gateway(self._node, self._streams, self._jobs, token)
 
     def close(self) -> None:
         """No call comes any more."""
@@ -175,6 +185,14 @@ class Service:
         await self._jobs.cancel(entry.info_hash)
         return Answer(await remove_release(self._node, entry))
 
+    async def _gateway(self, call: Call) -> Answer:
+        if not self.endpoint:
+            raise NotFoundError(
+                "this daemon has no gateway",
+                hint="Set enabled = true below [gateway], and run 'modelp2p daemon': one that a command started has none.",
+            )
+        return Answer({"endpoint": self.endpoint, "unknown": self._node.config.gateway.unknown})
+
     async def _gc(self, call: Call) -> Answer:
         return Answer(await collect_garbage(self._node, dry_run=flag(call.args, "dry_run")))
 
@@ -208,6 +226,20 @@ class Service:
         else:
             await self._node.swarm.set_limits(None, up, down)
         return Answer({})
+
+    async def _linked(self, call: Call) -> Answer:
+        entry = self._entry(call)
+        shared, library, store = self._node.of(entry.info_hash), self._node.library, self._node.store
+        if shared.lock.locked():
+            # Its journal belongs to the job under way; that loaders hash these files once more harms nobody.
+            return Answer({"files": 0})
+        async with shared.lock:
+            release = await trio.to_thread.run_sync(library.release, entry.digest)
+            folder = await trio.to_thread.run_sync(ReleaseFolder.open, store, release)
+            try:
+                return Answer({"files": await trio.to_thread.run_sync(folder.note_links)})
+            finally:
+                folder.close()
 
     async def _resolve(self, call: Call) -> Answer:
         target = self._target(call)

@@ -30,6 +30,9 @@ _MAX_QUANTITY = 2**63 - 1
 # RFC 1035 section 2.3.4: names of 255 octets or less; IPv6 literals are shorter.
 _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,253}[A-Za-z0-9.])?", re.ASCII)
 _MAX_PORT = 65_535
+_ORIGIN = re.compile(
+    r"https?://(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,253}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\])(?::(\d{1,5}))?/?", re.ASCII
+)
 # useradd(8) allows less; directories such as LDAP and AD add capitals, dots and @.
 _ACCOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,254}\$?", re.ASCII)
 
@@ -120,6 +123,14 @@ def address(*, zero_port: bool = False) -> Reader[str]:
         return f"[{found.host}]:{found.port}" if ":" in found.host else f"{found.host}:{found.port}"
 
     return read
+
+
+def http_origin(value: object, key: str) -> str:
+    """`https://HOST[:PORT]`, or with `http`; nothing behind it."""
+    match = _ORIGIN.fullmatch(value) if isinstance(value, str) else None
+    if match is None or int(match[1] or 1) > _MAX_PORT:
+        raise _wrong(key, "https://HOST, without a path", value)
+    return match[0].rstrip("/")
 
 
 def listed(read_one: Reader[T]) -> Reader[tuple[T, ...]]:

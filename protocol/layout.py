@@ -11,7 +11,7 @@ journal/<info-hash>                       0700  what is proven, append-only
 jobs/<sha256 of it>                       0700  a detached fetch that is not done
 trust/                                    which publisher may use which name, and root chains
 keys/                                     0700
-run/                                      0700  lock, and the socket where no runtime folder exists
+run/                                      0700  lock, the gateway's token, and the socket where no runtime folder exists
 public.sock                               symlink to the public socket of a service that has one
 """
 
@@ -39,6 +39,7 @@ PRIVATE = (DATA, JOURNAL, JOBS, KEYS, RUN)
 BY_PUBLISHER = "by-publisher"
 RECORD = "record"
 LOCK = f"{RUN}/lock"
+GATEWAY_TOKEN = f"{RUN}/gateway-token"
 PUBLIC_SOCKET = "public.sock"
 
 

@@ -37,6 +37,7 @@ HOMES = {
     "securesystemslib": ("protocol/publisher.py",),
     "torch": ("loader/",),
     "trio": ("daemon/",),
+    "h11": ("daemon/",),
     "click": ("cli/",),
     "rich": ("cli/",),
     "platformdirs": ("cli/", "daemon/"),

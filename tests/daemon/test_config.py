@@ -17,6 +17,7 @@ from modelp2p.daemon.config import (
     Described,
     Discovery,
     Fetch,
+    Gateway,
     Hashing,
     Log,
     Network,
@@ -137,6 +138,14 @@ WRONG = {
     "user by a negative number": "[control]\nallow_users = [-1]",
     "group by a switch": "[control]\nallow_groups = [true]",
     "user with a space": "[control]\nallow_users = ['a b']",
+    "a port that does not exist": "[gateway]\nport = 65536",
+    "a port as an address": "[gateway]\nport = '0.0.0.0:16880'",
+    "unknown policy": "[gateway]\nunknown = 'allow'",
+    "origin without a scheme": "[gateway]\norigin = 'huggingface.co'",
+    "origin with a path": "[gateway]\norigin = 'https://huggingface.co/x'",
+    "origin with a user": "[gateway]\norigin = 'https://me@huggingface.co'",
+    "origin with a line": '[gateway]\norigin = "https://a\\nb"',
+    "origin with a port too high": "[gateway]\norigin = 'https://a:65536'",
     "unknown level": "[log]\nlevel = 'loud'",
 }
 
@@ -214,6 +223,7 @@ def test_describe_names_the_origin_of_each_value() -> None:
     assert lines["network.profile"] == Described("network.profile", '"lan"', "file")
     assert lines["network.max_up"] == Described("network.max_up", "2000", "flag")
     assert lines["network.dht"] == Described("network.dht", "false", "default")
+    assert lines["gateway.port"] == Described("gateway.port", "16880", "default")
     assert lines["network.listen"].value == '["0.0.0.0:16881", "[::]:16881"]'
 
 
@@ -240,6 +250,13 @@ CONFIGURATIONS = st.builds(
     fetch=st.builds(Fetch, timeout_s=st.floats(min_value=1e-3, max_value=1e9)),
     hashing=st.builds(Hashing, workers=st.integers(0, 1024)),
     control=st.builds(Control, public=st.booleans(), allow_users=ACCOUNTS, allow_groups=ACCOUNTS),
+    gateway=st.builds(
+        Gateway,
+        enabled=st.booleans(),
+        port=st.none() | st.integers(0, 65_535),
+        unknown=st.sampled_from(["deny", "fetch", "redirect"]),
+        origin=st.sampled_from(["https://hub.example", "http://127.0.0.1:8080", "https://[::1]"]),
+    ),
     log=st.builds(Log, level=st.sampled_from(["debug", "info", "warning", "error"])),
 )
 
@@ -248,6 +265,10 @@ CONFIGURATIONS = st.builds(
 @given(CONFIGURATIONS)
 def test_written_configuration_reads_back_as_itself(config: Config) -> None:
     assert parse_config(config_to_toml(config)) == config
+
+
+def test_a_final_slash_is_no_path() -> None:
+    assert parse_config("[gateway]\norigin = 'https://hub.example:8443/'").gateway.origin == "https://hub.example:8443"
 
 
 def test_peers_file_gives_each_peer_once_in_order() -> None:
