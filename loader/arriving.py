@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import math
 import os
 import stat
 import threading
@@ -29,6 +30,7 @@ from modelp2p.protocol.errors import (
     NotFoundError,
     StoreError,
     TimedOutError,
+    UsageError,
 )
 from modelp2p.protocol.ranges import Ranges
 from modelp2p.protocol.streaming import joined
@@ -41,6 +43,17 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT_S = 300.0
 """How long a reader waits without one newly proven piece; what a fetch itself waits."""
+
+
+def check_timeout(timeout_s: float) -> float:
+    """The same seconds, which may be infinite: for ever.
+
+    Raises:
+        UsageError: they are negative, or no number.
+    """
+    if math.isnan(timeout_s) or timeout_s < 0:
+        raise UsageError(f"timeout must be 0 or more seconds, not {timeout_s:g}", hint="float('inf') waits for ever.")
+    return timeout_s
 
 
 class Follower(Protocol):
@@ -63,6 +76,9 @@ class Follower(Protocol):
             ModelP2PError: there is none, or nobody to ask.
         """
 
+    def interrupt(self) -> None:
+        """End `want` and `open_file` where they are under way and stuck; those that will soon end are let be. Thread-safe."""
+
     def close(self) -> None:
         """End `follow`, from any thread. Idempotent."""
 
@@ -73,13 +89,16 @@ class Arrivals:
     Args:
         release: the verified statement.
         follower: who tells.
-        timeout_s: how long a reader waits without progress.
+        timeout_s: how long a reader waits without progress; infinite: for ever.
+
+    Raises:
+        UsageError: `timeout_s` is negative, or no number.
     """
 
     def __init__(self, release: Release, follower: Follower, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         self.release = release
         self._follower = follower
-        self._timeout_s = timeout_s
+        self._timeout_s = check_timeout(timeout_s)
         self._changed = threading.Condition()
         self._proven = Ranges()
         self._wanted: Ranges | None = None
@@ -120,32 +139,24 @@ class Arrivals:
         first, last = self._pieces(path, begin, end)
         if first >= last or self._proven.covers(first, last):
             return
+        # Asking is waiting too.
+        started, interrupts = time.monotonic(), self._interrupts
         if not self._asked.covers(first, last):
             self._ask(joined([(first, last), *self._order]))
-        started = time.monotonic()
         with self._changed:
-            interrupts = self._interrupts
             while not self._proven.covers(first, last):
                 self._check(path, first, last)
-                if interrupts != self._interrupts:
-                    raise InterruptedFetchError("the load was stopped while it waited for the fetch")
-                left = max(started, self._progress_at) + self._timeout_s - time.monotonic()
-                if left <= 0:
-                    raise self._timed_out(path)
-                self._changed.wait(left)
+                self._wait(path, started, interrupts)
 
     def includes(self, path: str) -> bool:
         """Whether a file is part of what is fetched, or is here; waits until the daemon has said what is."""
         first, last = self._pieces(path, 0, self.release.pieces.size(path))
-        started = time.monotonic()
+        started, interrupts = time.monotonic(), self._interrupts
         with self._changed:
             while self._wanted is None and not self._is_over and not self._proven.covers(first, last):
                 if self._error is not None:
                     raise copy.copy(self._error) from self._error
-                left = max(started, self._progress_at) + self._timeout_s - time.monotonic()
-                if left <= 0:
-                    raise self._timed_out(path)
-                self._changed.wait(left)
+                self._wait(path, started, interrupts)
             return self._proven.covers(first, last) or (self._wanted is not None and self._wanted.covers(first, last))
 
     def open_file(self, path: str) -> int:
@@ -157,6 +168,8 @@ class Arrivals:
         with self._changed:
             self._interrupts += 1
             self._changed.notify_all()
+        # Whoever is still asking does not wait yet.
+        self._follower.interrupt()
 
     def close(self) -> None:
         """Stop listening; readers that wait are refused. Idempotent."""
@@ -197,6 +210,15 @@ class Arrivals:
             self._wanted = self._wanted if wanted is None else wanted
             self._note = note if isinstance(note, str) else ""
             self._changed.notify_all()
+
+    def _wait(self, path: str, started: float, interrupts: int) -> None:
+        """Return when something has changed; raise where `started` was too long ago, or an interrupt came since."""
+        if interrupts != self._interrupts:
+            raise InterruptedFetchError("the load was stopped while it waited for the fetch")
+        left = max(started, self._progress_at) + self._timeout_s - time.monotonic()
+        if left <= 0:
+            raise self._timed_out(path)
+        self._changed.wait(min(left, threading.TIMEOUT_MAX))
 
     def _check(self, path: str, first: int, last: int) -> None:
         """Raise where these pieces will not come."""
@@ -316,4 +338,5 @@ class ArrivingFile(SourceFile):
             except BaseException:
                 os.close(fd)
                 raise
-            self._fd, self.stat = fd, found
+            self._own(fd)
+            self.stat = found

@@ -120,7 +120,7 @@ def _bad_pieces(
         return []
     # A long header reaches into pieces whose other bytes may be at hand while those of the first piece are not.
     has_header = table.span(runs[0])[0] < shard.header.data_offset
-    header = device.constant(proven_header(shard, max_header_bytes)) if has_header else torch.empty(0)
+    header = device.constant(proven_header(shard, max_header_bytes)) if has_header else device.constant(b"")
     rows = [(part.begin, part.end, tensors[part.name].view(-1).view(torch.uint8)) for part in parts if part.size]
     rows.insert(0, (0, header.numel(), header))
     layer, verifier, bad, at = device.constant(table.layer), device.verifier(), [], 0

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from modelp2p.loader.cudart import HostRegistrar, Runtime
-from modelp2p.loader.staging import HostSlot, page_aligned
+from modelp2p.loader.staging import HostSlot, empty_bytes, page_aligned
 from modelp2p.loader.strided import copy_strided
 from modelp2p.protocol.errors import ModelP2PError, UsageError
 from modelp2p.protocol.merkle import HASH_BYTES
@@ -68,14 +68,14 @@ class CudaDevice:
     def host_slot(self, size_bytes: int, *, is_locked: bool = True) -> HostSlot:
         # Both begin at a page: cudaHostAlloc gives whole pages, and so does mmap.
         if is_locked:
-            return HostSlot(torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True))
+            return HostSlot(empty_bytes(size_bytes, "cpu", pin_memory=True))
         return HostSlot(page_aligned(size_bytes))
 
     def slot(self, host: torch.Tensor) -> torch.Tensor:
         return self.bare_slot(host.numel())
 
     def bare_slot(self, size_bytes: int) -> torch.Tensor:
-        memory = torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+        memory = empty_bytes(size_bytes, self.device)
         # The allocator may give memory that work of the caller's stream still reads.
         self._uploads.wait_stream(torch.cuda.current_stream(self.device))
         return memory
@@ -87,7 +87,7 @@ class CudaDevice:
         return self._by_registrar().unregister(memory)
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        memory = torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+        memory = empty_bytes(size_bytes, self.device)
         self.adopt()
         return memory
 
@@ -96,7 +96,7 @@ class CudaDevice:
 
     def constant(self, data: bytes) -> torch.Tensor:
         # A blocking copy: it has ended before anything of ours can be ordered.
-        return torch.tensor(bytearray(data), dtype=torch.uint8).to(self.device)
+        return torch.tensor(bytearray(data), dtype=torch.uint8, device="cpu").to(self.device)
 
     def upload(self, slot: torch.Tensor, host: torch.Tensor) -> Event:
         with torch.cuda.stream(self._uploads):
@@ -109,7 +109,7 @@ class CudaDevice:
 
     def verify(self, verifier: Verifier, slot: torch.Tensor, batch: Batch) -> Verdict:
         pieces = batch.expected.numel() // HASH_BYTES
-        answer = torch.empty(pieces, dtype=torch.int32, pin_memory=True)
+        answer = torch.empty(pieces, dtype=torch.int32, device="cpu", pin_memory=True)
         with torch.cuda.stream(self._work):
             bad = torch.zeros(pieces, dtype=torch.int32, device=self.device)
             verifier.submit(slot, batch, bad)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from modelp2p.loader.order import place_of
 from modelp2p.loader.parts import Part
-from modelp2p.loader.pipeline import flow
+from modelp2p.loader.pipeline import REPAIRS, flow
 from modelp2p.loader.plan import pieces_under
 from modelp2p.loader.plan import plan as plan_of
 from modelp2p.loader.repairing import DaemonRepair
@@ -93,9 +93,24 @@ class Delivery:
             def on_bytes(size: int, shard: Shard = shard) -> None:
                 self._count(shard, size, meter)
 
-            for part, tensor, is_shown in view_parts(shard, list(by_part), self.tools.workers, self.tools.hashers, on_bytes):
-                want = by_part[part]
-                yield want, shard, tensor if want.dtype is None else tensor.to(want.dtype), is_shown
+            for part, tensor, is_shown in self._shown(shard, list(by_part), on_bytes):
+                yield by_part[part], shard, tensor, is_shown
+
+    def _shown(
+        self, shard: Shard, parts: Sequence[Part], on_bytes: Callable[[int], None]
+    ) -> list[tuple[Part, torch.Tensor, bool]]:
+        """`view_parts`, with a repair where a piece is bad. Reading it again would read the same page."""
+        repairs = 0
+        while True:
+            try:
+                return view_parts(shard, parts, self.tools.workers, self.tools.hashers, on_bytes)
+            except IntegrityError as exc:
+                piece, on_bad = exc.facts.get("piece"), self.tools.on_bad
+                if not isinstance(piece, int) or on_bad is None or repairs == REPAIRS or not on_bad(shard.table.path, piece):
+                    raise self._explained(exc) from exc
+            repairs += 1
+            self.tools.on_repair(1)
+            shard.reopen()
 
     def _copies(
         self, files: Files, meter: _Meter, target_of: TargetOf | None
@@ -117,9 +132,11 @@ class Delivery:
             ):
                 yield made.wants[number], owners[number], tensor, False
         except IntegrityError as exc:
-            if isinstance(self.tools.on_bad, DaemonRepair):
-                raise self.tools.on_bad.explained(exc) from exc
-            raise
+            raise self._explained(exc) from exc
+
+    def _explained(self, error: IntegrityError) -> IntegrityError:
+        """The error, with what was done about it."""
+        return self.tools.on_bad.explained(error) if isinstance(self.tools.on_bad, DaemonRepair) else error
 
     def _warm(self, files: Files) -> None:
         self.tools.hashers.warm(_bytes_under([(shard, wants) for shard, wants in files if shard.way.is_hashed]))
@@ -135,7 +152,6 @@ class Delivery:
         self.stats.bytes += want.size
         if not is_shown:
             self.stats.copied_bytes += want.size
-        if not shard.way.is_view:
             self.stats.transfer = self.tools.transfers.taken or self.tools.device.transfer
         if self.stats.verify == "off":
             self.stats.unverified_bytes += want.size
@@ -166,9 +182,8 @@ def _batches(files: Files, *, may_view: bool) -> Iterator[tuple[bool, list[tuple
     viewed: list[tuple[Shard, list[Want]]] = []
     copied: list[tuple[Shard, list[Want]]] = []
     for shard, wants in files:
-        # A cut of another dimension is no stretch of the file: a view of it would reach over bytes nobody proved.
-        shown = [want for want in wants if may_view and shard.way.is_view and _is_stretch(want)]
-        others = [want for want in wants if not (may_view and shard.way.is_view and _is_stretch(want))]
+        shown = [want for want in wants if may_view and shard.way.is_view and _can_be_shown(want)]
+        others = [want for want in wants if not (may_view and shard.way.is_view and _can_be_shown(want))]
         if shown:
             if copied:
                 yield False, copied
@@ -184,8 +199,12 @@ def _batches(files: Files, *, may_view: bool) -> Iterator[tuple[bool, list[tuple
             yield is_view, left
 
 
-def _is_stretch(want: Want) -> bool:
-    return not want.size or want.rows.count == 1
+def _can_be_shown(want: Want) -> bool:
+    """Whether a view does. A cut of another dimension is no stretch of the file: a view would reach over bytes nobody proved.
+
+    A cast makes a copy, and copies are made of bytes that were private when they were hashed.
+    """
+    return want.dtype is None and (not want.size or want.rows.count == 1)
 
 
 def _part_under(want: Want) -> Part:

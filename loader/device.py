@@ -15,7 +15,7 @@ import torch
 
 from modelp2p.loader.cuda import CudaDevice
 from modelp2p.loader.gpu import HostVerifier
-from modelp2p.loader.staging import HostSlot, in_huge_pages, page_aligned
+from modelp2p.loader.staging import HostSlot, empty_bytes, in_huge_pages, page_aligned
 from modelp2p.loader.strided import copy_strided
 from modelp2p.loader.windows import WindowError
 from modelp2p.protocol.errors import UsageError
@@ -164,13 +164,13 @@ class HostDevice:
         return _Passed()
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        return in_huge_pages(torch.empty(size_bytes, dtype=torch.uint8))
+        return in_huge_pages(empty_bytes(size_bytes, "cpu"))
 
     def adopt(self) -> None:
         return
 
     def constant(self, data: bytes) -> torch.Tensor:
-        return torch.tensor(bytearray(data), dtype=torch.uint8)
+        return torch.tensor(bytearray(data), dtype=torch.uint8, device="cpu")
 
     def upload(self, slot: torch.Tensor, host: torch.Tensor) -> Event:
         if slot.data_ptr() != host.data_ptr():
@@ -181,7 +181,7 @@ class HostDevice:
         return
 
     def verify(self, verifier: Verifier, slot: torch.Tensor, batch: Batch) -> Verdict:
-        bad = torch.zeros(batch.expected.numel() // 32, dtype=torch.int32)
+        bad = torch.zeros(batch.expected.numel() // 32, dtype=torch.int32, device="cpu")
         verifier.submit(slot, batch, bad)
         return _Passed(tuple(bad.nonzero().flatten().tolist()))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from modelp2p.daemon.client import Client
-from modelp2p.loader.arriving import Arrivals
+from modelp2p.loader.arriving import Arrivals, check_timeout
 from modelp2p.loader.locate import Believer, Located
 from modelp2p.protocol import codec, layout
 from modelp2p.protocol.errors import (
@@ -31,10 +31,17 @@ from modelp2p.protocol.ranges import Ranges
 from modelp2p.protocol.statement import Statement
 
 if TYPE_CHECKING:
+    from modelp2p.daemon.client import Reply
     from modelp2p.protocol.codec import Map, Value
     from modelp2p.protocol.statement import Release
     from modelp2p.protocol.streaming import Span
 
+SILENCE_S = 40.0
+"""How long the daemon may take for a short call, which asks no network: a busy disk, and then some."""
+GRACE_S = 10.0
+"""How long it may take at least, however short a time without progress is to be."""
+HURRY_S = 1.0
+"""How long one may still take when the load that asked was interrupted. A daemon that is well needs milliseconds."""
 HINT = "A release can be loaded while it is being fetched, also by 'modelp2p fetch --detach'."
 
 
@@ -47,13 +54,16 @@ def follow(
         ref: a name or link; a path is none that a daemon could be asked about.
         publisher: who must have signed.
         home: whose daemon is asked, and whose pins decide.
-        timeout_s: how long a reader waits without progress.
+        timeout_s: how long a reader waits without progress; no answer of the daemon is waited for much longer.
         absent: what is wrong where nobody fetches it.
 
     Raises:
         NotFoundError: `absent`.
         UntrustedError: the daemon's statement does not hold, or nobody vouches for its publisher.
+        DaemonError: the daemon fell silent.
+        UsageError: `timeout_s` is negative, or no number.
     """
+    silence_s = min(check_timeout(timeout_s) + GRACE_S, SILENCE_S)
     parsed = BundleRef(os.fspath(ref)) if isinstance(ref, os.PathLike) else parse_ref(ref)
     if isinstance(parsed, BundleRef):
         raise absent
@@ -62,9 +72,9 @@ def follow(
     except (DaemonError, DeniedError):
         raise absent from None
     try:
-        token, statement = _open(orders, str(ref), publisher)
+        token, statement = _open(orders, str(ref), publisher, silence_s)
         located = _believed(statement, parsed, publisher, home)
-        follower = DaemonFollower(orders, Client.connect(home), token)
+        follower = DaemonFollower(orders, Client.connect(home), token, silence_s)
     except (NotFoundError, UsageError, UnavailableError) as exc:
         # A daemon of an older version does not know the verb.
         orders.close()
@@ -80,13 +90,14 @@ def follow(
 class DaemonFollower:
     """A `Follower` over the control socket: `news` is for the one long call, `orders` for all others.
 
-    Owns both connections.
+    Owns both connections. Where one of the others was not answered in `silence_s`, none is made any more.
     """
 
-    def __init__(self, orders: Client, news: Client, token: str) -> None:
+    def __init__(self, orders: Client, news: Client, token: str, silence_s: float = SILENCE_S) -> None:
         self._orders = orders
         self._news = news
         self._token = token
+        self._silence_s = silence_s
         self._ordering = threading.Lock()
         self._is_closed = False
 
@@ -98,17 +109,22 @@ class DaemonFollower:
 
     def want(self, pieces: Sequence[Span]) -> None:
         wishes: list[Value] = [[begin, end] for begin, end in pieces]
-        with self._ordering:
-            self._orders.call("stream_want", {"pieces": wishes})
+        self._order("stream_want", {"pieces": wishes})
 
     def open_file(self, path: str) -> int:
-        with self._ordering:
-            reply = self._orders.call("stream_file", {"path": path})
+        reply = self._order("stream_file", {"path": path})
         if len(reply.fds) != 1:
             for fd in reply.fds:
                 os.close(fd)
             raise DaemonError("the daemon sent no descriptor of a file")
         return reply.fds[0]
+
+    def interrupt(self) -> None:
+        # Held as long as a call is under way.
+        if self._ordering.acquire(timeout=HURRY_S):
+            self._ordering.release()
+        else:
+            self._orders.hang_up()
 
     def close(self) -> None:
         # Calls under way in other threads end with this; a socket that is only closed would leave them waiting.
@@ -119,18 +135,27 @@ class DaemonFollower:
                 self._is_closed = True
                 self._orders.close()
 
+    def _order(self, verb: str, args: Map) -> Reply:
+        with self._ordering:
+            try:
+                return self._orders.call(verb, args, silence_s=self._silence_s)
+            except DaemonError:
+                # Nothing more can be called; whoever tries shall not wait for as long again.
+                self._orders.hang_up()
+                raise
 
-def _open(orders: Client, ref: str, publisher: str | None) -> tuple[str, Statement]:
+
+def _open(orders: Client, ref: str, publisher: str | None, silence_s: float) -> tuple[str, Statement]:
     """The stream's token and the statement it is about."""
     args: Map = {"ref": ref}
     try:
         # By name, a daemon answers with whom it trusts; the caller may mean somebody else.
-        reply = orders.call("stream_open", args | ({"publisher": publisher} if publisher else {}))
+        reply = orders.call("stream_open", args | ({"publisher": publisher} if publisher else {}), silence_s=silence_s)
     except DeniedError:
         if publisher is None:
             raise
         # A service tells others about whom it trusts only; that may be the same.
-        reply = orders.call("stream_open", args)
+        reply = orders.call("stream_open", args, silence_s=silence_s)
     contents = reply.read_fds(MAX_LAYERS_BYTES)
     if len(contents) != 3:
         raise DaemonError("the daemon sent no statement")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 
 RUN_BYTES = 8 << 20
 """About what one task hashes: a few milliseconds, so that the slowest thread at the end costs no more than that."""
@@ -60,7 +60,15 @@ class Job:
         self._on_abandon = on_abandon
         # One worker is the caller itself, when it waits.
         self._left = [] if pool is not None else list(runs)
-        self._futures = [] if pool is None else [(run, pool.submit(task, run)) for run in runs]
+        self._futures: list[tuple[range, Future[None]]] = []
+        if pool is not None:
+            try:
+                self._submit(pool, runs)
+            except BaseException:
+                # Nobody will get to know this job. What could be cancelled may be in no queue, where nothing ends it.
+                self._futures = [(run, future) for run, future in self._futures if not future.cancel()]
+                self.abandon()
+                raise
 
     def is_done(self) -> bool:
         """Whether `wait` would not block."""
@@ -70,12 +78,13 @@ class Job:
         """Return when all runs are done; `on_done` for each, in order. Raises the error of the earliest failed one."""
         left, self._left = self._left, []
         try:
-            for run in left:
-                self._task(run)
-                if on_done is not None:
-                    on_done(run)
             for run, future in self._futures:
                 future.result()
+                if on_done is not None:
+                    on_done(run)
+            # After what threads do, of which these are the rest.
+            for run in left:
+                self._task(run)
                 if on_done is not None:
                     on_done(run)
         finally:
@@ -91,9 +100,42 @@ class Job:
             self._on_abandon()
         wait([future for _, future in self._futures])
 
+    def is_idle(self) -> bool:
+        """Whether no task is at work, or will be unless `wait` is called."""
+        return all(future.done() for _, future in self._futures)
+
     def finish(self) -> None:
         """Return when all runs have ended, well or not; `wait` says which."""
         wait([future for _, future in self._futures])
+
+    def _submit(self, pool: Executor, runs: Iterable[range]) -> None:
+        for run in runs:
+            if self._left:
+                self._left.append(run)
+                continue
+            # Not the pool's own future, which is lost where `submit` queues the work and then fails to start a thread for it.
+            future: Future[None] = Future()
+            self._futures.append((run, future))
+            try:
+                pool.submit(_perform, future, self._task, run)
+            except RuntimeError:
+                # "can't start new thread": the caller does this one, unless an older thread has begun it, and the rest.
+                if future.cancel():
+                    self._futures.pop()
+                    self._left.append(run)
+
+
+def _perform(future: Future[None], task: Callable[[range], None], run: range) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        task(run)
+    except BaseException as exc:
+        future.set_exception(exc)
+        # The error holds this frame, which shall not hold the error.
+        del future
+    else:
+        future.set_result(None)
 
 
 def pieces_per_run(piece_length: int) -> int:

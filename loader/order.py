@@ -22,4 +22,10 @@ def place_of(name: str) -> Place:
     before = parts[: numbers[0]] if numbers else parts
     group = 0 if any(_EMBEDDING.search(part.lower()) for part in before) else 1 if numbers else 2
     # Numbers before words, so that keys compare whatever stands in the same place.
-    return group, tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)
+    return group, tuple(_number(part) if part.isdecimal() else (1, 0, part) for part in parts)
+
+
+def _number(digits: str) -> tuple[int, int, str]:
+    """By length and then by digit. Not `int`, which refuses thousands of them; a name may hold as many as it likes."""
+    significant = digits.lstrip("0")
+    return 0, len(significant), significant

@@ -274,10 +274,8 @@ class _Flow:
             return False
         for other in self._reading:
             other.reading.finish()
-        # A repair puts a new inode in the place of the old one.
-        shard.close_reader()
         self._windows.forget(shard.source)
-        shard.source.reopen()
+        shard.reopen()
         return True
 
     def _refuse(self, flight: _Flight, piece: int) -> None:

@@ -38,6 +38,9 @@ class Reading(Protocol):
     def abandon(self) -> None:
         """Stop, and return when nothing reads any more."""
 
+    def is_idle(self) -> bool:
+        """Whether nothing reads now, or will unless `wait` is called; never blocks."""
+
 
 @dataclass(frozen=True, slots=True)
 class Readings:
@@ -70,7 +73,8 @@ class Readings:
         units = -(-span.size // unit)
         step = unit * max(1, min(RUN_BYTES // unit, -(-units // self.tools.workers.count)))
         runs = [range(at, min(at + step, span.end)) for at in range(span.begin, span.end, step)]
-        return self.tools.workers.start(task, runs)
+        lane.reading = self.tools.workers.start(task, runs)
+        return lane.reading
 
     def _window_on(self, span: Span) -> Window | None:
         shard = self.shards[span.file]

@@ -10,6 +10,7 @@ What keeps the bytes true after the check:
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -17,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from modelp2p.loader.attest import Attestation, attest_tensors
-from modelp2p.loader.delivery import Delivery, Progress
+from modelp2p.loader.delivery import Delivery, Files, Progress, TargetOf
 from modelp2p.loader.hashers import Hashers
 from modelp2p.loader.hashing import Workers
 from modelp2p.loader.model import Model, Scattered, fitted, tensors_of
@@ -113,25 +114,14 @@ class OpenRelease:
         self._reader = reader
         self._device = device
         self._verifier = self._verifier_of(device)
-        self._ring = Ring(device)
         self._arrivals = arrivals
-        self._workers = Workers(workers, on_abandon=None if arrivals is None else arrivals.interrupt)
-        transfers = Transfers(transfer, is_proven_on_device=self._verifier is not None, on_reason=self.stats.fallbacks.append)
-        # This process hashes as well.
-        self._hashers = Hashers(self._workers.count - 1)
-        self._tools = Tools(
-            device,
-            self._ring,
-            self._workers,
-            self._hashers,
-            self._verifier,
-            self._reader_of,
-            on_bad,
-            self._count_reread,
-            self._count_repair,
-            transfers,
+        self._on_bad = on_bad
+        self._worker_count = workers
+        self._transfers = Transfers(
+            transfer, is_proven_on_device=self._verifier is not None, on_reason=self.stats.fallbacks.append
         )
-        self._delivery = Delivery(self._tools, self.stats, arrivals)
+        self._is_closed = False
+        self._equip()
         self._shards: dict[str, Shard] = {}
         self._parts: dict[str, tuple[str, Part]] = {}
         if verify == "off":
@@ -184,11 +174,15 @@ class OpenRelease:
         if include is None:
             return tuple(self._parts)
         patterns = [include] if isinstance(include, str) else list(include)
-        for pattern in patterns:
-            if pattern not in self._parts and not any(fnmatchcase(name, pattern) for name in self._parts):
+        # Lists of names are as long as models are; only what is no name is compared with every name.
+        exact = {pattern for pattern in patterns if pattern in self._parts}
+        globs = [pattern for pattern in patterns if pattern not in exact]
+        found = {pattern: {name for name in self._parts if fnmatchcase(name, pattern)} for pattern in dict.fromkeys(globs)}
+        for pattern, names in found.items():
+            if not names:
                 raise NotFoundError(f"no tensor of {self.name} is called '{pattern[:200]}'", hint="See release.keys().")
-        exact = set(patterns)
-        return tuple(n for n in self._parts if n in exact or any(fnmatchcase(n, pattern) for pattern in patterns))
+        chosen = exact.union(*found.values())
+        return tuple(name for name in self._parts if name in chosen)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape the tensor will have."""
@@ -229,7 +223,7 @@ class OpenRelease:
             IntegrityError: a piece is bad or a file changed. What was handed out before is good.
             NotFoundError, UsageError: a plan names a tensor or rows that do not exist.
         """
-        yield from self._delivery.deliver(self._wants(self.keys(include), dtype, plan), progress)
+        yield from self._deliver(self._wants(self.keys(include), dtype, plan), progress)
 
     def load(
         self,
@@ -276,7 +270,7 @@ class OpenRelease:
         def target_of(device: Device, want: Want, number: int) -> Target:
             return existing_target(device, want, tensors[want.part.name])
 
-        for _ in self._delivery.deliver([(shard, of_file) for shard, of_file in chosen if of_file], progress, target_of):
+        for _ in self._deliver([(shard, of_file) for shard, of_file in chosen if of_file], progress, target_of):
             pass
         return found
 
@@ -289,6 +283,7 @@ class OpenRelease:
         Raises:
             UsageError: nobody can hash on this device.
         """
+        self._check_usable()
         by_file: dict[str, list[Part]] = {path: [] for path in self._shards}
         for path, part in self._parts.values():
             by_file[path].append(part)
@@ -309,13 +304,16 @@ class OpenRelease:
 
     def close(self) -> None:
         """Give files and threads back; tensors stay valid. Idempotent."""
+        self._is_closed = True
         if self._arrivals is not None:
             self._arrivals.close()
+        if self._pid == os.getpid():
+            # Before the files: readers use their descriptors.
+            self._workers.close()
+            self._hashers.close()
+        self._ring.close()
         for shard in self._shards.values():
             shard.close()
-        self._workers.close()
-        self._hashers.close()
-        self._ring.close()
 
     def __enter__(self) -> Self:
         return self
@@ -325,6 +323,53 @@ class OpenRelease:
 
     def __repr__(self) -> str:
         return f"<OpenRelease {self.name} of {len(self._parts)} tensors in {len(self._shards)} files on {self._device.device}>"
+
+    def _equip(self) -> None:
+        """Get what copies and proofs are made with; nothing of it costs anything before it is used."""
+        self._pid = os.getpid()
+        self._ring = Ring(self._device)
+        self._workers = Workers(self._worker_count, on_abandon=self._interrupt)
+        # This process hashes as well.
+        self._hashers = Hashers(self._workers.count - 1)
+        self._tools = Tools(
+            self._device,
+            self._ring,
+            self._workers,
+            self._hashers,
+            self._verifier,
+            self._reader_of,
+            self._on_bad,
+            self._count_reread,
+            self._count_repair,
+            self._transfers,
+        )
+        self._delivery = Delivery(self._tools, self.stats, self._arrivals)
+
+    def _interrupt(self) -> None:
+        """End whatever a reader may be waiting for."""
+        if self._arrivals is not None:
+            self._arrivals.interrupt()
+
+    def _deliver(
+        self, files: Files, progress: Progress | None = None, target_of: TargetOf | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        self._check_usable()
+        yield from self._delivery.deliver(files, progress, target_of)
+
+    def _check_usable(self) -> None:
+        """Return if the release is open; in a process forked from the one that opened it, with tools of its own.
+
+        Threads are not forked, and staging that two processes read into would be proven by one and written to by the other.
+
+        Raises:
+            UsageError: it was closed, or is being fetched and was opened in another process.
+        """
+        if self._is_closed:
+            raise UsageError(f"{self.name} was closed", hint="Load inside of the with block, or open it again.")
+        if self._pid != os.getpid():
+            if self._arrivals is not None:
+                raise UsageError(f"{self.name} is being fetched and was opened before a fork", hint="Open it in this process.")
+            self._equip()
 
     def _open(self, files: str | Sequence[str] | None) -> None:
         for path, shard in self._opening.shards(files):
@@ -398,7 +443,7 @@ class OpenRelease:
 
     def _one(self, name: str, cut: tuple[int, int, int] | None, dtype: torch.dtype | None) -> torch.Tensor:
         path, part = self._part(name)
-        ((_, tensor),) = self._delivery.deliver([(self._shards[path], [Want.of(part, cut, dtype)])], None)
+        ((_, tensor),) = self._deliver([(self._shards[path], [Want.of(part, cut, dtype)])])
         return tensor
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from modelp2p.daemon.client import Client
-from modelp2p.loader.arriving import DEFAULT_TIMEOUT_S
+from modelp2p.loader.arriving import DEFAULT_TIMEOUT_S, check_timeout
 from modelp2p.loader.home import tree_at
 from modelp2p.protocol import codec
 from modelp2p.protocol.errors import CorruptError, IntegrityError, ModelP2PError, NotFoundError
@@ -53,8 +53,11 @@ class DaemonRepair:
     Args:
         located: the release and the folder its files are read from.
         home: whose daemon is asked.
-        timeout_s: how long the daemon may go without a newly proven byte.
+        timeout_s: how long the daemon may go without a newly proven byte; infinite: as long as one can ask for.
         clock: monotonic seconds.
+
+    Raises:
+        UsageError: `timeout_s` is negative, or no number.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class DaemonRepair:
         self._release = located.release
         self._directory = located.directory
         self._home = home
-        self._timeout_s = timeout_s
+        self._timeout_s = min(MAX_TIMEOUT_S, check_timeout(timeout_s))
         self._clock = clock
         self._answers: dict[str, _Answer] = {}
         self._reasons: dict[str, str] = {}
@@ -117,7 +120,7 @@ class DaemonRepair:
                     "ref": str(self._release.link()),
                     "repair": True,
                     "only": [path],
-                    "timeout_s": min(MAX_TIMEOUT_S, max(1, math.ceil(self._timeout_s))),
+                    "timeout_s": max(1, math.ceil(self._timeout_s)),
                 },
                 silence_s=self._timeout_s + GRACE_S,
             )

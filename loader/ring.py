@@ -2,8 +2,8 @@
 
 Invariants:
 - page-locked memory of one ring is at most `RING_BYTES`; a reader beyond that gets one lane of ordinary memory, which works too;
-- lanes come back only after the device is drained, so a slot is never reused under work that still touches it. Where draining
-  fails the lanes are dropped.
+- lanes come back only after the device is drained and their readers have ended, so a slot is never reused under work that still
+  touches it. Where draining fails, or a reader was not waited for, the lane is dropped.
 
 A bare lane has no host slot yet: uploads from windows need none (`windows`), and page-locking one takes longer than filling it.
 """
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     import torch
 
     from modelp2p.loader.device import Device
+    from modelp2p.loader.reading import Reading
     from modelp2p.loader.staging import HostSlot
 
 RING_BYTES = 512 << 20
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Lane:
     """Staging for one span."""
 
@@ -33,6 +34,13 @@ class Lane:
     is_locked: bool
     """Its host slot is page-locked, or will be."""
     staged: HostSlot | None = None
+    reading: Reading | None = None
+    """Who wrote to the host slot last."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody writes to the host slot any more: whoever waits for readers may be interrupted, again and again."""
+        return self.reading is None or self.reading.is_idle()
 
     @property
     def host(self) -> torch.Tensor:
@@ -77,12 +85,12 @@ class Ring:
             self._free.remove(lane)
             self._forget(lane)
         lanes = [self._free.pop() for _ in range(min(self._device.slots, len(self._free)))]
-        while len(lanes) < self._device.slots and self._kept_bytes + size_bytes <= self._limit:
-            lanes.append(self._lane(size_bytes, is_locked=True, is_bare=is_bare))
-            self._kept_bytes += size_bytes
-        if not lanes:
-            lanes.append(self._lane(size_bytes, is_locked=False, is_bare=is_bare))
         try:
+            while len(lanes) < self._device.slots and self._kept_bytes + size_bytes <= self._limit:
+                lanes.append(self._lane(size_bytes, is_locked=True, is_bare=is_bare))
+                self._kept_bytes += size_bytes
+            if not lanes:
+                lanes.append(self._lane(size_bytes, is_locked=False, is_bare=is_bare))
             for lane in lanes if not is_bare else ():
                 self.stage(lane)
             yield lanes
@@ -94,7 +102,11 @@ class Ring:
                 for lane in kept:
                     self._forget(lane)
                 raise
-            self._free += [lane for lane in kept if lane.is_locked]
+            for lane in kept:
+                if lane.is_locked and lane.is_idle:
+                    self._free.append(lane)
+                else:
+                    self._forget(lane)
 
     def stage(self, lane: Lane) -> None:
         """Give a lane its host slot, if it is bare."""

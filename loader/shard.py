@@ -103,6 +103,15 @@ class Shard:
         self.close_reader()
         self.source.close()
 
+    def reopen(self) -> None:
+        """Go on with what lies at the path now, as after a repair, which replaces the inode. Nobody may be reading.
+
+        Nothing of the old inode is shown or counts any more.
+        """
+        self.close_reader()
+        self.mapped, self.checked = None, Ranges()
+        self.source.reopen()
+
     def close_reader(self) -> None:
         """The next copy chooses its reader anew. Nobody may be reading."""
         reader, self.reader = self.reader, None

@@ -5,22 +5,28 @@ Invariants:
 - a mapping is shared and read-only (`PROT_READ`): a write through a view kills the process (SIGSEGV) and never reaches the file;
 - nobody calls `mmap.close`. A view holds the `memoryview` of the mapping, which holds the mapping; the last view unmaps it.
   (A closed mapping under a living `torch.frombuffer` tensor reads other memory, silently; the export makes closing an error.)
+- the descriptor is closed with the source, or when nobody holds the source any more; what is asked of a closed one is an error.
 
 A mapping dies of SIGBUS when the file is truncated under it; reads of a copy turn the same into an `IntegrityError`.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import stat
 import sys
+import weakref
 from typing import TYPE_CHECKING
 
 from modelp2p.protocol.errors import DeniedError, IntegrityError, NotFoundError, StoreError
 
 if TYPE_CHECKING:
     from modelp2p.protocol.manifest import FileEntry
+
+
+_LIMIT_HINT = "Raise the limit of open files: ulimit -n."
 
 
 class SourceFile:
@@ -30,7 +36,8 @@ class SourceFile:
         self.path = path
         self.entry = entry
         self._hint = hint
-        self._fd = _open(path, entry.path, hint)
+        self._fd = -1
+        self._own(_open(path, entry.path, hint))
         try:
             self.stat = os.fstat(self._fd)
             if not stat.S_ISREG(self.stat.st_mode):
@@ -50,12 +57,12 @@ class SourceFile:
 
         Raises:
             IntegrityError: the file ends before that.
-            StoreError: the disk refused.
+            StoreError: the disk refused, or the source was closed.
         """
         done = 0
         while done < len(target):
             try:
-                count = os.preadv(self._fd, [target[done:]], offset + done)
+                count = os.preadv(self._descriptor(), [target[done:]], offset + done)
             except OSError as exc:
                 raise StoreError(f"'{self.entry.path}' cannot be read: {exc.strerror}", path=self.entry.path) from exc
             if count == 0:
@@ -67,14 +74,13 @@ class SourceFile:
 
         Raises:
             IntegrityError: the file has shrunk.
-            StoreError: the file system cannot map files.
+            StoreError: the file system cannot map files, or the source was closed.
         """
-        if os.fstat(self._fd).st_size < self.entry.size:
-            raise self._wrong_size(os.fstat(self._fd).st_size)
+        self.check_size()
         try:
             return memoryview(_map(self._fd, self.entry.size))
         except OSError as exc:
-            hint = "Load with mapping='pread'."
+            hint = _LIMIT_HINT if exc.errno == errno.EMFILE else "Load with mapping='pread'."
             raise StoreError(f"'{self.entry.path}' cannot be mapped: {exc.strerror}", hint=hint, path=self.entry.path) from exc
 
     def check_unchanged(self) -> None:
@@ -82,9 +88,10 @@ class SourceFile:
 
         Raises:
             IntegrityError: the file was written to, truncated or replaced meanwhile.
+            StoreError: the source was closed.
         """
         try:
-            seen = (os.fstat(self._fd), os.stat(self.path))
+            seen = (os.fstat(self._descriptor()), os.stat(self.path))
         except OSError as exc:
             raise self._changed("vanished") from exc
         for now in seen:
@@ -99,8 +106,9 @@ class SourceFile:
 
         Raises:
             IntegrityError: it was truncated.
+            StoreError: the source was closed.
         """
-        size = os.fstat(self._fd).st_size
+        size = os.fstat(self._descriptor()).st_size
         if size < self.entry.size:
             raise self._wrong_size(size)
 
@@ -117,16 +125,32 @@ class SourceFile:
 
         Raises:
             NotFoundError, IntegrityError: it is no file of that size any more.
+            StoreError: the source was closed.
         """
+        self._descriptor()
         fresh = SourceFile(self.path, self.entry, self._hint)
-        os.close(self._fd)
-        self._fd, self.stat, fresh._fd = fresh._fd, fresh.stat, -1
+        fresh._closing.detach()
+        self._closing()
+        self._own(fresh._fd)
+        self.stat = fresh.stat
 
     def close(self) -> None:
         """Give the descriptor back; mappings live on. Idempotent."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        if self._fd >= 0:
+            self._fd = -1
+            self._closing()
+
+    def _own(self, fd: int) -> None:
+        """Take over a descriptor."""
+        self._fd = fd
+        self._closing: weakref.finalize[[int], SourceFile] = weakref.finalize(self, os.close, fd)
+        # The end of the process closes it as well, and not while a thread still reads.
+        self._closing.atexit = False
+
+    def _descriptor(self) -> int:
+        if self._fd < 0:
+            raise StoreError(f"'{self.entry.path}' was closed", hint="Open the release again.", path=self.entry.path)
+        return self._fd
 
     def _changed(self, what: str) -> IntegrityError:
         return IntegrityError(f"'{self.entry.path}' {what} while it was loaded", hint=self._hint, path=self.entry.path)
@@ -151,7 +175,8 @@ def _open(path: str, name: str, hint: str) -> int:
     except PermissionError as exc:
         raise DeniedError(f"'{name}' may not be read by this user", path=name) from exc
     except OSError as exc:
-        raise StoreError(f"'{name}' cannot be opened: {exc.strerror}", path=name) from exc
+        hint = _LIMIT_HINT if exc.errno == errno.EMFILE else ""
+        raise StoreError(f"'{name}' cannot be opened: {exc.strerror}", hint=hint, path=name) from exc
 
 
 def _map(fd: int, size: int) -> mmap.mmap:

@@ -43,7 +43,8 @@ class HostSlot:
         try:
             os.ftruncate(fd, size_bytes)
             # By torch, which keeps no second descriptor, as Python's mmap would.
-            return cls(torch.from_file(f"/proc/self/fd/{fd}", shared=True, size=size_bytes, dtype=torch.uint8), fd)
+            with torch.inference_mode(False):
+                return cls(torch.from_file(f"/proc/self/fd/{fd}", shared=True, size=size_bytes, dtype=torch.uint8), fd)
         except (OSError, RuntimeError):
             os.close(fd)
             return cls(page_aligned(size_bytes))
@@ -61,7 +62,19 @@ class HostSlot:
 
 def page_aligned(size_bytes: int) -> torch.Tensor:
     """Host memory at a page boundary, as reads past the page cache need it: (size_bytes,) uint8, zeros."""
-    return torch.frombuffer(mmap.mmap(-1, max(1, size_bytes)), dtype=torch.uint8, count=size_bytes)
+    memory = mmap.mmap(-1, max(1, size_bytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with torch.inference_mode(False):
+        return torch.frombuffer(memory, dtype=torch.uint8, count=size_bytes)
+
+
+def empty_bytes(size_bytes: int, device: torch.device | str, *, pin_memory: bool = False) -> torch.Tensor:
+    """New memory that holds anything: (size_bytes,) uint8.
+
+    On that device and an ordinary tensor, whatever the caller has set for its own: torch's default device would make one
+    without data under `torch.device("meta")`, and one made in inference mode cannot be written to outside of it.
+    """
+    with torch.inference_mode(False):
+        return torch.empty(size_bytes, dtype=torch.uint8, device=device, pin_memory=pin_memory)
 
 
 def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ class StandIns:
 def _stand_in(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     strides = tuple(range(1, len(shape) + 1))
     extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True) if size)
-    return torch.zeros(extent * dtype.itemsize, dtype=torch.uint8).view(dtype).as_strided(shape, strides)
+    return torch.zeros(extent * dtype.itemsize, dtype=torch.uint8, device="cpu").view(dtype).as_strided(shape, strides)
 
 
 def _layout(tensor: torch.Tensor) -> tuple[object, ...]:

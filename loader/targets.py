@@ -30,7 +30,8 @@ def new_target(device: Device, want: Want) -> Target:
     stored = as_stored(memory, want)
     if want.dtype is None:
         return Target(memory, stored)
-    result = device.allocate(stored.numel() * want.dtype.itemsize).view(want.dtype).view(want.shape)
+    with torch.inference_mode(False):
+        result = device.allocate(stored.numel() * want.dtype.itemsize).view(want.dtype).view(want.shape)
     return Target(memory, result, stored)
 
 
@@ -45,4 +46,5 @@ def existing_target(device: Device, want: Want, tensor: torch.Tensor) -> Target:
 
 def as_stored(memory: torch.Tensor, want: Want) -> torch.Tensor:
     """A row of `want.size` bytes, aligned for the dtype, seen as the want. Copies nothing."""
-    return memory.view(want.part.dtype).view(want.shape)
+    with torch.inference_mode(False):
+        return memory.view(want.part.dtype).view(want.shape)

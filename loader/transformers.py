@@ -5,7 +5,9 @@
 
 What is promised:
 - the class and its sizes come from the release's `config.json`, whose bytes are proven before they are parsed. Nothing in it may
-  name code to run: remote classes and attention kernels from a hub are dropped from it, and nothing is looked up on a hub;
+  name code to run: remote classes and attention kernels from a hub are dropped from it, and ways of quantization for which
+  transformers takes kernels from a hub are refused. Files are looked up on no hub (`local_files_only`). transformers has no
+  stronger switch than `HF_HUB_OFFLINE`, which counts for the whole process and is the user's to set;
 - names, tied weights, buffers that no checkpoint holds and fused tensors are transformers' own work, so they are right where
   `from_pretrained` is right. What is missing or left over is an error, before a weight is read;
 - parameters are private memory that may be written to, made once and filled in place by `OpenRelease.into`: no second copy, on
@@ -23,7 +25,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +36,7 @@ from modelp2p.loader.arriving import DEFAULT_TIMEOUT_S
 from modelp2p.loader.checkpoint import open_checkpoint
 from modelp2p.loader.staging import in_huge_pages
 from modelp2p.loader.standins import StandIns
-from modelp2p.protocol.errors import FormatError, UsageError
+from modelp2p.protocol.errors import FormatError, ModelP2PError, UsageError
 
 if TYPE_CHECKING:
     from modelp2p.loader.delivery import Progress
@@ -43,6 +46,12 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 NOT_THE_RELEASE_S_TO_SAY = frozenset({"auto_map", "attn_implementation", "experts_implementation", "transformers_weights"})
 """Keys by which a configuration can have code fetched from a hub, or a file read that nobody proved."""
+QUANTIZATION = "quantization_config"
+QUANTIZED_WITHOUT_A_HUB = frozenset({"bitsandbytes", "compressed-tensors", "hqq", "quanto", "torchao"})
+"""Methods for which transformers 5.23 calls packages that are installed, and nothing else (`quantizers/`, `integrations/`). For mxfp4,
+fp8, fbgemm_fp8, eetq, nvfp4, gguf and metal it gets kernels from a hub; what packages for the others do, as gptq, nobody looked up."""
+MAX_DEPTH = 32
+"""Of objects and lists in a configuration; sub-configurations of sub-configurations take six."""
 SHOWN = 5
 """Names in a message; a model has thousands."""
 
@@ -87,7 +96,8 @@ def from_release(
         timeout: seconds without a newly proven piece.
 
     Raises:
-        UsageError: the model does not fit the release, or transformers does not know its class.
+        UsageError: the model does not fit the release, or transformers cannot make it.
+        FormatError: a configuration is nonsense.
         NotFoundError, UntrustedError, IntegrityError: see `open_release`.
     """
     if views and torch.device(device).type != "cpu":
@@ -161,8 +171,9 @@ def config_of(release: OpenRelease) -> Any:  # noqa: ANN401
     """The release's own configuration, its bytes proven.
 
     Raises:
-        UsageError: there is none, or transformers has no class for it without running code of the release.
-        FormatError: it is not JSON.
+        UsageError: there is none, or transformers has no class for it without running code of the release, or its weights are
+            quantized in a way that takes code from a hub.
+        FormatError: it is not JSON, or nothing that transformers takes.
         IntegrityError: it is not what was signed.
     """
     found = _document(release, CONFIG)
@@ -173,7 +184,9 @@ def config_of(release: OpenRelease) -> Any:  # noqa: ANN401
     if not isinstance(kind, str) or kind not in known:
         hint = "A class that a release brings along as code is never run. Give a configuration of your own: config=."
         raise UsageError(f"transformers has no model of type '{str(kind)[:100]}'", hint=hint)
-    return known[kind].from_dict(_harmless(found))
+    harmless = _harmless(found, MAX_DEPTH)
+    with _translated(f"transformers does not take '{CONFIG}' of {release.name}", FormatError, CONFIG):
+        return known[kind].from_dict(harmless)
 
 
 def _document(release: OpenRelease, path: str) -> dict[str, Any] | None:
@@ -189,12 +202,49 @@ def _document(release: OpenRelease, path: str) -> dict[str, Any] | None:
     return found
 
 
-def _harmless(value: Any) -> Any:  # noqa: ANN401
-    """A configuration without the keys that are not the release's to say, in its sub-configurations as well."""
-    if not isinstance(value, dict):
+def _harmless(value: Any, depth: int) -> Any:  # noqa: ANN401
+    """A configuration without the keys that are not the release's to say, in its sub-configurations as well.
+
+    Raises:
+        FormatError: it is deeper than any, which transformers would meet with a RecursionError.
+        UsageError: quantization would take code from a hub.
+    """
+    if not isinstance(value, dict | list):
         return value
-    # Some classes take such a key with an underscore as well.
-    return {key: _harmless(item) for key, item in value.items() if key.lstrip("_") not in NOT_THE_RELEASE_S_TO_SAY}
+    if depth == 0:
+        raise FormatError(f"'{CONFIG}' is deeper than {MAX_DEPTH} levels", path=CONFIG)
+    if isinstance(value, list):
+        return [_harmless(item, depth - 1) for item in value]
+    if value.get(QUANTIZATION) is not None:
+        _check_quantization(value[QUANTIZATION])
+    return {key: _harmless(item, depth - 1) for key, item in value.items() if _bare(key) not in NOT_THE_RELEASE_S_TO_SAY}
+
+
+def _bare(key: str) -> str:
+    """A key as a configuration's class would have it: some take it with an underscore, or as they keep it inside, as well."""
+    return key.lstrip("_").removesuffix("_internal")
+
+
+def _check_quantization(value: Any) -> None:  # noqa: ANN401
+    """Return if transformers needs no hub for weights that are quantized like this."""
+    if not isinstance(value, dict):
+        raise FormatError(f"'{CONFIG}': {QUANTIZATION} is no object of keys and values", path=CONFIG)
+    is_bitsandbytes = bool(value.get("load_in_8bit") or value.get("load_in_4bit"))
+    method = "bitsandbytes" if is_bitsandbytes else value.get("quant_method")
+    if not isinstance(method, str) or method not in QUANTIZED_WITHOUT_A_HUB:
+        hint = "If you want that, give the configuration yourself: config=."
+        raise UsageError(f"'{CONFIG}': quantization by '{str(method)[:100]}' may take code from a hub", hint=hint)
+
+
+@contextmanager
+def _translated(what: str, kind: type[ModelP2PError], path: str) -> Iterator[None]:
+    """Errors of transformers, of whatever class, as one of ours: what it makes of numbers and words of strangers, it does not say."""
+    try:
+        yield
+    except (ModelP2PError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as exc:
+        raise kind(f"{what}: {type(exc).__name__}: {str(exc)[:400]}", path=path) from exc
 
 
 def _resolved(model_class: Any, config: Any) -> tuple[Any, Any]:  # noqa: ANN401
@@ -208,21 +258,18 @@ def _resolved(model_class: Any, config: Any) -> tuple[Any, Any]:  # noqa: ANN401
         return _saved_from(config), config
     if isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel):
         return model_class, config
-    try:
-        with torch.device("meta"):
-            # The public way to ask; `from_pretrained` of the automatic classes takes no tensors.
-            chosen = model_class.from_config(config)
-    except ValueError as exc:
-        raise UsageError(
-            f"{model_class.__name__} has no class for {type(config).__name__}", hint="Name the class itself."
-        ) from exc
+    what = f"{model_class.__name__} has no class for {type(config).__name__}, or '{CONFIG}' does not suit it"
+    with _translated(what, UsageError, CONFIG), torch.device("meta"):
+        # The public way to ask; `from_pretrained` of the automatic classes takes no tensors.
+        chosen = model_class.from_config(config)
     return type(chosen), chosen.config
 
 
 def _saved_from(config: Any) -> Any:  # noqa: ANN401
     """The class of transformers that the configuration was saved from."""
     transformers = import_module("transformers")
-    names = [str(name) for name in config.architectures or ()]
+    said = config.architectures
+    names = [str(name) for name in said] if isinstance(said, list | tuple) else []
     found = getattr(transformers, names[0], None) if names else None
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     if found is None or not is_model or found.config_class is not type(config):
@@ -245,18 +292,22 @@ def _built(
     Raises:
         UsageError: it does not fit.
     """
-    generation = _document(release, GENERATION_CONFIG)
-    model, found = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict=dict(tensors),
-        dtype=dtype,
-        generation_config=generation and import_module("transformers").GenerationConfig.from_dict(generation),
-        ignore_mismatched_sizes=True,  # told below, all of them, in words of our own
-        output_loading_info=True,
-        local_files_only=True,
-        trust_remote_code=False,
-    )
+    document, generation = _document(release, GENERATION_CONFIG), None
+    if document is not None:
+        with _translated(f"transformers does not take '{GENERATION_CONFIG}' of {release.name}", FormatError, GENERATION_CONFIG):
+            generation = import_module("transformers").GenerationConfig.from_dict(document)
+    with _translated(f"transformers makes no {model_class.__name__} of '{CONFIG}' of {release.name}", UsageError, CONFIG):
+        model, found = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(tensors),
+            dtype=dtype,
+            generation_config=generation,
+            ignore_mismatched_sizes=True,  # told below, all of them, in words of our own
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
     wrong = [f"{name} {tuple(expected)}, stored {tuple(stored)}" for name, stored, expected in sorted(found["mismatched_keys"])]
     _refuse("shapes differ", wrong, "Is it the right configuration?")
     if strict:

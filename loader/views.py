@@ -74,7 +74,7 @@ def _prove(
 
 def _tensor(data: memoryview, part: Part) -> tuple[Part, torch.Tensor, bool]:
     if part.size == 0:
-        return part, torch.empty(part.shape, dtype=part.dtype), True
+        return part, torch.empty(part.shape, dtype=part.dtype, device="cpu"), True
     with warnings.catch_warnings():
         # "The given buffer is not writable": that is the point.
         warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)

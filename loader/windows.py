@@ -128,6 +128,10 @@ class Window:
     def abandon(self) -> None:
         """As `finish`: `Windows` lets it go."""
 
+    def is_idle(self) -> bool:
+        """Nothing writes to a slot here."""
+        return True
+
 
 class Windows:
     """The windows of one flow. Use it in a `with` block that ends after the device was drained."""

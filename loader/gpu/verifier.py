@@ -194,7 +194,7 @@ def tried_out(verifier: GpuVerifier) -> GpuVerifier:
     """
     length = 4 * LEAF_BYTES
     # No divisor of a leaf, so that no two leaves are alike.
-    data = torch.arange(2 * length + LEAF_BYTES + 1000, dtype=torch.int32).remainder_(251).to(torch.uint8)
+    data = torch.arange(2 * length + LEAF_BYTES + 1000, dtype=torch.int32, device="cpu").remainder_(251).to(torch.uint8)
     view = _view(data)
     hashes = b"".join(piece_hash(view[begin : begin + length], length, False) for begin in range(0, data.numel(), length))
     data[length + 70] ^= 1
@@ -216,7 +216,7 @@ def _zero_subtrees() -> torch.Tensor:
     rows = [bytes(HASH_BYTES)]
     while len(rows) < 48:  # piece_height allows no more
         rows.append(sha256(rows[-1] * 2).digest())
-    return torch.tensor(list(b"".join(rows)), dtype=torch.uint8)
+    return torch.tensor(list(b"".join(rows)), dtype=torch.uint8, device="cpu")
 
 
 def _check_submitted(slot: torch.Tensor, batch: Batch, bad: torch.Tensor, device: torch.device) -> None:

@@ -25,7 +25,7 @@ import torch
 
 from modelp2p.loader.cudart import refused
 from modelp2p.loader.gpu import Batch, HostVerifier, Verifier
-from modelp2p.loader.staging import HostSlot, page_aligned
+from modelp2p.loader.staging import HostSlot, empty_bytes, page_aligned
 from modelp2p.loader.strided import copy_strided
 from modelp2p.protocol.errors import ModelP2PError
 
@@ -110,10 +110,10 @@ class FakeCuda:
         return HostSlot(self._staged(memory))
 
     def slot(self, host: torch.Tensor) -> torch.Tensor:
-        return self._staged(torch.empty_like(host))
+        return self._staged(empty_bytes(host.numel(), "cpu"))
 
     def bare_slot(self, size_bytes: int) -> torch.Tensor:
-        return self._staged(torch.empty(size_bytes, dtype=torch.uint8))
+        return self._staged(empty_bytes(size_bytes, "cpu"))
 
     def register(self, memory: torch.Tensor) -> FakeRegistration:
         self.windows += 1
@@ -152,7 +152,7 @@ class FakeCuda:
         assert self._held.keys() <= self._asked_back, "memory was left registered"
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        return torch.full((size_bytes,), POISON, dtype=torch.uint8)
+        return empty_bytes(size_bytes, "cpu").fill_(POISON)
 
     def adopt(self) -> None:
         return

@@ -29,6 +29,7 @@ from modelp2p.protocol.errors import (
     StoreError,
     TimedOutError,
     UnavailableError,
+    UsageError,
 )
 from modelp2p.protocol.ranges import Ranges
 from modelp2p.protocol.statement import Release, verify_statement
@@ -78,6 +79,9 @@ class FakeFollower:
     def open_file(self, path: str) -> int:
         self.opened.append(path)
         return os.open(self.folder / path, os.O_RDONLY)
+
+    def interrupt(self) -> None:
+        """No call of a test waits for anything."""
 
     def close(self) -> None:
         self.news.put(DaemonError("hung up"))
@@ -287,6 +291,52 @@ def test_interrupting_ends_the_waits_under_way_only(
         waiting.result()
     follower.arrive(piece(release, 0))
     assert Reading(file, 0, 1).result() == FILES[SHARD][:1]
+
+
+@pytest.mark.parametrize("timeout_s", [float("nan"), -1, float("-inf")])
+def test_a_timeout_that_is_none_is_refused(release: Release, follower: FakeFollower, timeout_s: float) -> None:
+    with pytest.raises(UsageError, match="timeout"):
+        Arrivals(release, follower, timeout_s)
+
+
+def test_an_infinite_timeout_waits_for_ever(release: Release, follower: FakeFollower) -> None:
+    arrivals = Arrivals(release, follower, float("inf"))
+    arrivals.start()
+    file = ArrivingFile(arrivals, SHARD, release.manifest.file(SHARD))
+    waiting = Reading(file, 0, 1)
+    wait_until(lambda: bool(follower.wished))
+    follower.arrive(piece(release, 0))
+    assert waiting.result() == FILES[SHARD][:1]
+    owned = release.pieces.pieces_of(SHARD)
+    wanted = threading.Timer(0, follower.say, kwargs={"wanted": [[owned.start, owned.stop]]})
+    wanted.start()
+    assert arrivals.includes(SHARD)
+    wanted.join()
+    file.close()
+    arrivals.close()
+
+
+def test_an_interrupt_counts_for_who_is_still_asking(release: Release, tmp_path: Path) -> None:
+    class Slow(FakeFollower):
+        def want(self, pieces: Sequence[tuple[int, int]]) -> None:
+            super().want(pieces)
+            followed.interrupt()
+
+    followed = Arrivals(release, Slow(tmp_path), PATIENCE_S)
+    followed.start()
+    with pytest.raises(InterruptedFetchError):
+        Reading(ArrivingFile(followed, SHARD, release.manifest.file(SHARD)), 0, 1).result()
+    followed.close()
+
+
+def test_a_dropped_file_gives_its_descriptor_back(release: Release, follower: FakeFollower, arrivals: Arrivals) -> None:
+    follower.arrive(piece(release, 0))
+    file = ArrivingFile(arrivals, SHARD, release.manifest.file(SHARD))
+    file.read_into(memoryview(bytearray(1)), 0)
+    place = f"/proc/self/fd/{file.fileno()}"
+    assert os.path.samefile(place, follower.folder / SHARD)
+    del file
+    assert not os.path.exists(place) or not os.path.samefile(place, follower.folder / SHARD)
 
 
 def test_closing_ends_every_wait(release: Release, follower: FakeFollower) -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load as oracle
 
 from modelp2p.loader import open_release
-from modelp2p.loader.hashers import Hashers
+from modelp2p.loader.hashers import MAX_PROCESSES, Hashers
 from modelp2p.loader.hashing import Workers
 from modelp2p.loader.parts import part_of
 from modelp2p.loader.pieces import PieceTable
@@ -30,6 +31,7 @@ from tests.releases import Home, statement_of
 
 PIECE = 2 * LEAF_BYTES
 SIZE = 7 * PIECE + 5
+PATIENCE_S = 20
 
 
 @pytest.fixture
@@ -114,6 +116,100 @@ def test_the_work_of_a_killed_process_is_given_back(hashers: Hashers, fd: int) -
     assert "ended" in hashers.trouble
     hashers.warm(1 << 30)
     assert hashers.pids == [], "no second one is started where the first one died"
+
+
+def stop(pid: int) -> None:
+    """Return when the process is stopped, and answers nobody."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+
+
+@pytest.mark.slow
+def test_whoever_waits_for_a_stuck_process_is_let_go_by_an_interrupt(hashers: Hashers, fd: int, data: bytes) -> None:
+    hashers.warm(1)
+    ready(hashers, fd)
+    stop(hashers.pids[0])
+    found: list[bytes | None] = []
+    waiting = threading.Thread(target=lambda: found.append(hashers.hashes(fd, SIZE, PIECE, range(8))), daemon=True)
+    waiting.start()
+    while not hashers.busy:
+        assert waiting.is_alive()
+    hashers.warm(2)
+    ready(hashers, fd)
+    stop(hashers.pids[1])
+    hashers.interrupt()
+    hashers.interrupt()
+    waiting.join(PATIENCE_S)
+    assert found == [None]
+    # Who comes later does not wait long for the other one either.
+    assert hashers.hashes(fd, SIZE, PIECE, range(8)) is None
+    assert hashers.pids == []
+    # Nobody knows what was wrong with them, if anything: the next load may start others.
+    assert hashers.trouble == ""
+    hashers.warm(1)
+    assert ready(hashers, fd) == layer_of(data)
+
+
+@pytest.mark.slow
+def test_an_interrupt_leaves_processes_alone_that_are_well(hashers: Hashers, fd: int, data: bytes) -> None:
+    hashers.warm(1)
+    ready(hashers, fd)
+    pids = hashers.pids
+    hashers.interrupt()
+    assert hashers.hashes(fd, SIZE, PIECE, range(8)) == layer_of(data)
+    assert hashers.pids == pids
+
+
+@pytest.mark.slow
+def test_a_process_that_falls_silent_is_waited_for_no_longer_than_its_time(fd: int, data: bytes) -> None:
+    hashers = Hashers(1, worth_bytes=1, patience_s=PATIENCE_S)
+    hashers.warm(1)
+    assert ready(hashers, fd) == layer_of(data)
+    (pid,) = hashers.pids
+    stop(pid)
+    hashers.patience_s = 0.01
+    assert hashers.hashes(fd, SIZE, PIECE, range(8)) is None
+    assert "said nothing for 0.01 s" in hashers.trouble
+    assert hashers.pids == []
+    assert not is_running(pid)
+    hashers.close()
+
+
+@pytest.mark.slow
+def test_a_closed_one_starts_nothing_any_more(hashers: Hashers, fd: int) -> None:
+    hashers.interrupt()
+    hashers.close()
+    hashers.warm(1 << 30)
+    assert hashers.pids == []
+    assert hashers.hashes(fd, SIZE, PIECE, range(1)) is None
+
+
+def test_there_are_never_more_than_pay() -> None:
+    assert Hashers(191).limit == MAX_PROCESSES == 31
+    assert Hashers(3).limit == 3
+
+
+@pytest.mark.parametrize("executable", [None, ""])
+def test_without_a_known_interpreter_the_caller_hashes(fd: int, monkeypatch: pytest.MonkeyPatch, executable: str | None) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    hashers = Hashers(2, worth_bytes=1)
+    hashers.warm(1 << 30)
+    assert "interpreter" in hashers.trouble
+    assert hashers.hashes(fd, SIZE, PIECE, range(1)) is None
+
+
+def test_a_frozen_application_is_not_started_again(fd: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    application = tmp_path / "application"
+    application.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    application.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(application))
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    hashers = Hashers(2, worth_bytes=1)
+    hashers.warm(1 << 30)
+    assert hashers.pids == []
+    assert "frozen" in hashers.trouble
+    assert hashers.hashes(fd, SIZE, PIECE, range(1)) is None
+    hashers.close()
 
 
 @pytest.mark.slow

@@ -202,7 +202,7 @@ def test_a_source_gives_its_descriptor_back_once(folder: Path) -> None:
     source = SourceFile(str(folder / FILE), release.manifest.file(FILE))
     source.close()
     source.close()
-    with pytest.raises(IntegrityError, match="vanished"):
+    with pytest.raises(StoreError, match="was closed"):
         source.check_unchanged()
 
 

@@ -34,6 +34,13 @@ FAMILIES = {
         "output.weight",
     ],
     "experts": ["model.layers.3.mlp.experts.9.w", "model.layers.3.mlp.experts.10.w", "model.layers.4.mlp.experts.0.w"],
+    "zeros in front": ["layers.0.w", "layers.007.w", "layers.10.w", "layers.0011.w"],
+    "more digits than an int may have": [
+        "layers.9.w",
+        f"layers.{'1' * 4999}.w",
+        f"layers.{'1' * 5000}.w",
+        f"layers.{'2' * 5000}.w",
+    ],
     "numbers and words in one place": ["a.0.w", "a.b.0.w", "", "w"],
 }
 

@@ -19,7 +19,7 @@ from modelp2p.loader import load, open_release, repairing, stream
 from modelp2p.loader.locate import Located, locate
 from modelp2p.loader.repairing import JUST_NOW_S, DaemonRepair
 from modelp2p.protocol import control, layout
-from modelp2p.protocol.errors import IntegrityError
+from modelp2p.protocol.errors import IntegrityError, UsageError
 from modelp2p.protocol.statement import verify_statement
 from tests.endtoend.site import flip_byte
 from tests.loader.models import MIB, same
@@ -240,6 +240,18 @@ def test_a_release_the_daemon_does_not_know_is_a_no(daemon: MemoryDaemon, shards
     repair.on_refusal = reasons.append
     assert not repair(SHARD, 1)
     assert "not known here" in reasons[0]
+
+
+@pytest.mark.slow
+def test_a_repair_may_be_given_all_the_time_there_is(daemon: MemoryDaemon) -> None:
+    flip_byte(daemon.tree / SHARD, MIB + 9)
+    assert DaemonRepair(located_in(daemon.home), str(daemon.home), timeout_s=float("inf"))(SHARD, 1)
+
+
+@pytest.mark.parametrize("timeout_s", [float("nan"), -1])
+def test_a_timeout_that_is_none_is_refused(home: Home, tree: Path, timeout_s: float) -> None:
+    with pytest.raises(UsageError, match="timeout"):
+        DaemonRepair(located_in(home.path), str(home.path), timeout_s)
 
 
 def test_a_daemon_that_falls_silent_is_a_no(home: Home, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
