@@ -20,7 +20,7 @@ from modelp2p.loader.home import default_home
 from modelp2p.loader.locate import locate
 from modelp2p.loader.release import OpenRelease
 from modelp2p.loader.source import SourceFile
-from modelp2p.protocol.errors import FormatError, IntegrityError, NotFoundError, UsageError
+from modelp2p.protocol.errors import FormatError, IntegrityError, NotFoundError, StoreError, UsageError
 from modelp2p.protocol.statement import decode_bundle, verify_statement
 from tests.loader.models import MIB, file_of, raw_file
 from tests.releases import Home, bundle_of, publisher, write_files
