@@ -309,6 +309,7 @@ class OpenRelease:
             self._arrivals.close()
         if self._pid == os.getpid():
             # Before the files: readers use their descriptors.
+            self._hashers.interrupt()
             self._workers.close()
             self._hashers.close()
         self._ring.close()
@@ -347,6 +348,7 @@ class OpenRelease:
 
     def _interrupt(self) -> None:
         """End whatever a reader may be waiting for."""
+        self._hashers.interrupt()
         if self._arrivals is not None:
             self._arrivals.interrupt()
 
