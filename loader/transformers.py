@@ -48,8 +48,8 @@ NOT_THE_RELEASE_S_TO_SAY = frozenset({"auto_map", "attn_implementation", "expert
 """Keys by which a configuration can have code fetched from a hub, or a file read that nobody proved."""
 QUANTIZATION = "quantization_config"
 QUANTIZED_WITHOUT_A_HUB = frozenset({"bitsandbytes", "compressed-tensors", "hqq", "quanto", "torchao"})
-"""Methods for which transformers 5.23 calls packages that are installed, and nothing else (`quantizers/`, `integrations/`). For mxfp4,
-fp8, fbgemm_fp8, eetq, nvfp4, gguf and metal it gets kernels from a hub; what packages for the others do, as gptq, nobody looked up."""
+"""Methods for which transformers 5.23 has no code that asks a hub (its `quantizers/` and `integrations/`). It has for mxfp4, fp8,
+fbgemm_fp8, eetq, nvfp4, gguf and metal. Others, as gptq, it leaves to packages that nobody has read for this."""
 MAX_DEPTH = 32
 """Of objects and lists in a configuration; sub-configurations of sub-configurations take six."""
 SHOWN = 5
@@ -238,7 +238,7 @@ def _check_quantization(value: Any) -> None:  # noqa: ANN401
 
 @contextmanager
 def _translated(what: str, kind: type[ModelP2PError], path: str) -> Iterator[None]:
-    """Errors of transformers, of whatever class, as one of ours: what it makes of numbers and words of strangers, it does not say."""
+    """Errors of transformers as one of ours. Of whatever class: a stranger's configuration brings out any (ZeroDivisionError)."""
     try:
         yield
     except (ModelP2PError, MemoryError, torch.OutOfMemoryError):

@@ -2,7 +2,8 @@
 
 vLLM finds `register` through the entry point `vllm.general_plugins` and calls it in each of its processes, before any of them
 touches CUDA; so this module imports neither vllm nor torch until then. `FOLDER` is a release's folder (or one with a bundle):
-vLLM reads config and tokenizer from it by itself, and they are compared with what was signed before a weight is loaded.
+vLLM reads config and tokenizer from it by itself. Before a weight is loaded, every file there that is signed and holds no tensors
+is compared with what was signed, and one that vLLM may read and nobody signed is refused. `verify="off"` compares nothing.
 
 `--model-loader-extra-config` takes a JSON object:
 - `ref`: the release, where `FOLDER` is not it: a name, link, bundle or folder (see `locate`);
@@ -31,7 +32,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     import torch
 
     from modelp2p.loader.release import OpenRelease
+    from modelp2p.protocol.manifest import FileEntry
+    from modelp2p.protocol.statement import Release
 
 LOAD_FORMAT = "modelp2p"
 OPTIONS: dict[str, type | tuple[type, ...]] = {
@@ -153,7 +156,8 @@ def fill(model: Any, model_config: Any, options: Mapping[str, Any], default_devi
         default_device: of `load_config`, for a model that is not on a device yet.
 
     Raises:
-        UsageError: the release does not fill the model, or vLLM asks for what this loader cannot do.
+        UsageError: the release does not fill the model, vLLM asks for what this loader cannot do, or its folder holds files that
+            nobody signed.
         NotFoundError, UntrustedError, IntegrityError: see `open_release`; a bad tensor was not handed to the model.
     """
     if model_config.quantization == "bitsandbytes":
@@ -183,21 +187,52 @@ def _open(model_config: Any, options: Mapping[str, Any], device: str | torch.dev
 
 
 def _check_folder(release: OpenRelease, folder: str) -> None:
-    """Compare the small files that vLLM has read from the folder with those of the release.
+    """Compare what vLLM may have read from the folder with the release: all of it but tensors, which are not taken from there.
 
     Raises:
-        IntegrityError: one is not what was signed.
+        IntegrityError: a file is not what was signed.
+        UsageError: nobody signed it.
     """
-    from modelp2p.loader.checkpoint import proven
-    from modelp2p.loader.documents import MAX_DOCUMENT_BYTES
-
     entries = {entry.path: entry for entry in release.release.manifest.files}
-    for path, entry in entries.items():
-        if _is_read(path) and entry.size <= MAX_DOCUMENT_BYTES and os.path.exists(os.path.join(folder, path)):
-            proven(release.release, folder, path)
-    unsigned = [name for name in sorted(os.listdir(folder)) if name not in entries and _is_read(name)]
+    unsigned = sorted(path for path in _files_below(folder) if path not in entries and _is_read(path))
     if unsigned:
-        _log.warning("'%s' holds files that %s does not, and vLLM may have read them: %s", folder, release.name, unsigned[:SHOWN])
+        more = f" and {len(unsigned) - SHOWN} more" if len(unsigned) > SHOWN else ""
+        raise UsageError(
+            f"'{folder}' holds files that nobody signed, and vLLM may have read them: {', '.join(unsigned[:SHOWN])}{more}",
+            hint="Take them away, or serve another folder.",
+        )
+    for path, entry in entries.items():
+        if not path.endswith(".safetensors") and os.path.exists(os.path.join(folder, path)):
+            _check_file(release.release, folder, entry)
+
+
+def _check_file(release: Release, folder: str, entry: FileEntry) -> None:
+    """Return if a file of any size is what was signed; one piece of it is in memory at a time."""
+    from modelp2p.loader.pieces import PieceTable
+    from modelp2p.loader.source import SourceFile
+
+    hint = f"Repair it: modelp2p verify {release.ref} --repair"
+    table = PieceTable.of(entry, release.manifest.piece_length, release.layers.of(entry), hint)
+    source = SourceFile(os.path.join(folder, entry.path), entry, hint)
+    try:
+        for piece in range(table.count):
+            begin, end = table.span(range(piece, piece + 1))
+            data = memoryview(bytearray(end - begin))
+            source.read_into(data, begin)
+            table.check(piece, data)
+    finally:
+        source.close()
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    """Paths of all files in a folder, but for those in hidden folders, as `.git` and `.cache` are."""
+    seen: set[str] = set()
+    # A linked folder is read like any other, so it is looked into; once, since it may lead back here.
+    for place, folders, names in os.walk(folder, followlinks=True):
+        is_new = (real := os.path.realpath(place)) not in seen
+        seen.add(real)
+        folders[:] = [name for name in folders if is_new and not name.startswith(".")]
+        yield from (os.path.relpath(os.path.join(place, name), folder) for name in names if is_new)
 
 
 def _is_read(path: str) -> bool:

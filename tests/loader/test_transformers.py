@@ -249,10 +249,12 @@ class TestTrust:
             "attn_implementation": "evil/kernel",
             "transformers_weights": "x.bin",
         }
-        found = self.config_with(own_home, tmp_path, **keys, _attn_implementation="evil/kernel", sub={"auto_map": {}, "kept": 1})
+        found = self.config_with(
+            own_home, tmp_path, **keys, _attn_implementation="evil/kernel", sub=[{"auto_map": {}, "kept": 1}]
+        )
         assert not any(hasattr(found, key) for key in ("auto_map", "transformers_weights"))
         assert getattr(found, "_attn_implementation", "") is None
-        assert getattr(found, "sub", None) == {"kept": 1}
+        assert getattr(found, "sub", None) == [{"kept": 1}]
 
     @pytest.mark.parametrize("kind", ["evil", None, 5, ["bert"]])
     def test_a_type_only_code_of_the_release_would_know(self, kind: object, own_home: Path, tmp_path: Path) -> None:
@@ -264,6 +266,68 @@ class TestTrust:
         publish(own_home, saved(MODELS["bert"], tmp_path / "saved") | {"config.json": data})
         with pytest.raises(FormatError, match=r"config\.json"):
             from_release("lab/model")
+
+    @pytest.mark.parametrize(
+        ("keys", "match"),
+        [
+            ({"dtype": "load"}, r"config\.json.*IndexError"),
+            ({"hidden_size": "x"}, r"config\.json.*hidden_size"),
+            ({"hidden_size": 1 << 40}, r"config\.json.*overflow"),
+            ({"num_attention_heads": 0}, r"config\.json.*ZeroDivisionError"),
+            ({"id2label": {"a": "b"}}, r"config\.json.*ValueError"),
+            ({"use_return_dict": False}, r"config\.json.*AttributeError"),
+            ({"architectures": 5}, "the configuration names no class"),
+            ({"architectures": "BertModel"}, "the configuration names no class"),
+        ],
+    )
+    def test_a_signed_configuration_may_have_any_value(
+        self, keys: dict[str, object], match: str, own_home: Path, tmp_path: Path
+    ) -> None:
+        files = saved(MODELS["bert"], tmp_path / "saved")
+        changed = json.loads(files["config.json"]) | keys
+        publish(own_home, files | {"config.json": json.dumps(changed).encode()})
+        with pytest.raises((UsageError, FormatError), match=match):
+            from_release("lab/model")
+
+    def test_an_automatic_class_meets_such_a_value_as_well(self, own_home: Path, tmp_path: Path) -> None:
+        files = saved(MODELS["bert"], tmp_path / "saved")
+        changed = json.loads(files["config.json"]) | {"num_attention_heads": 0}
+        publish(own_home, files | {"config.json": json.dumps(changed).encode()})
+        with pytest.raises(UsageError, match=r"config\.json.*ZeroDivisionError"):
+            from_release("lab/model", transformers.AutoModel)
+
+    @pytest.mark.parametrize(("opening", "closing"), [('{"x":', "}"), ("[", "]")], ids=["objects", "lists"])
+    @pytest.mark.parametrize("levels", [33, 600])
+    def test_a_configuration_is_not_deep(self, opening: str, closing: str, levels: int, own_home: Path, tmp_path: Path) -> None:
+        files = saved(MODELS["bert"], tmp_path / "saved")
+        text = files["config.json"].decode().rstrip()[:-1] + f',"deep":{opening * levels}1{closing * levels}}}'
+        publish(own_home, files | {"config.json": text.encode()})
+        with pytest.raises(FormatError, match=r"config\.json.*deeper"):
+            from_release("lab/model")
+
+    def test_a_generation_configuration_may_be_nonsense(self, own_home: Path, tmp_path: Path) -> None:
+        files = saved(MODELS["bert"], tmp_path / "saved")
+        publish(own_home, files | {"generation_config.json": b'{"watermarking_config": 5}'})
+        with pytest.raises(FormatError, match=r"generation_config\.json"):
+            from_release("lab/model")
+
+    @pytest.mark.parametrize("quantization", [{"quant_method": name} for name in ("mxfp4", "fp8", "eetq", "evil", 5)] + [{}])
+    def test_quantization_that_may_take_code_from_a_hub(
+        self, quantization: dict[str, object], own_home: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(UsageError, match="may take code from a hub"):
+            self.config_with(own_home, tmp_path, quantization_config=quantization)
+        with pytest.raises(UsageError, match="may take code from a hub"):
+            self.config_with(own_home, tmp_path, sub={"quantization_config": quantization})
+
+    @pytest.mark.parametrize("quantization", [{"quant_method": "compressed-tensors"}, {"load_in_8bit": True}, None])
+    def test_quantization_that_needs_no_hub(self, quantization: dict[str, object] | None, own_home: Path, tmp_path: Path) -> None:
+        found = self.config_with(own_home, tmp_path, quantization_config=quantization)
+        assert getattr(found, "quantization_config", None) == quantization
+
+    def test_quantization_is_an_object(self, own_home: Path, tmp_path: Path) -> None:
+        with pytest.raises(FormatError, match="quantization_config"):
+            self.config_with(own_home, tmp_path, quantization_config="mxfp4")
 
     def test_without_a_configuration_the_user_gives_one(self, own_home: Path, tmp_path: Path) -> None:
         files = saved(MODELS["bert"], tmp_path / "saved")

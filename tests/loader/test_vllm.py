@@ -73,6 +73,11 @@ def is_filled(model: torch.nn.Module, rank: int = 0, ranks: int = 1) -> bool:
     return torch.equal(held["proj.weight"], rows) and torch.equal(held["norm"], want["norm"] * 2)
 
 
+class Untouched(Served):
+    def load_weights(self, weights: Weights) -> set[str]:
+        raise AssertionError("weights were loaded")
+
+
 class TestRegistration:
     def test_vllm_finds_the_door_by_its_entry_point(self, vllm: Vllm) -> None:
         (found,) = (point for point in entry_points(group="vllm.general_plugins") if point.name == "modelp2p")
@@ -192,21 +197,53 @@ class TestIntegrity:
 
     @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "modeling.py"])
     def test_a_changed_configuration_is_refused_before_any_weight(self, vllm: Vllm, served: Home, name: str) -> None:
-        class Untouched(Served):
-            def load_weights(self, weights: Weights) -> set[str]:
-                raise AssertionError("weights were loaded")
-
         flip(tree_of(served) / name, -1)
         with pytest.raises(IntegrityError, match=name):
             vllm.get_model(config(tree_of(served), architecture=Untouched))
 
-    def test_files_nobody_signed_are_named_in_the_log(
-        self, vllm: Vllm, tmp_path: Path, served: Home, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        place = write_files(tmp_path / "plain", checkpoint() | {"generation_config.json": b"{}"})
+    @pytest.mark.parametrize(
+        "name", ["generation_config.json", "tokenizer.model", "modeling_x.py", "chat_template.jinja", "sub/config.json"]
+    )
+    def test_files_nobody_signed_are_refused_before_any_weight(self, vllm: Vllm, tmp_path: Path, served: Home, name: str) -> None:
+        place = write_files(tmp_path / "plain", checkpoint() | {name: b"{}"})
         (place / "lab.modelp2p").write_bytes(bundle_of(checkpoint()))
-        vllm.get_model(config(place, extra={"home": str(served.path)}))
-        assert "generation_config.json" in caplog.text
+        with pytest.raises(UsageError, match=f"may have read them: {name}$"):
+            vllm.get_model(config(place, architecture=Untouched, extra={"home": str(served.path)}))
+        # It says that it compares nothing.
+        assert is_filled(vllm.get_model(config(place, extra={"home": str(served.path), "verify": "off"})))
+
+    def test_files_that_nobody_reads_may_lie_there(self, vllm: Vllm, tmp_path: Path, served: Home) -> None:
+        place = write_files(tmp_path / "plain", checkpoint() | {"notes.md": b"mine", ".git/config.json": b"{}"})
+        (place / "lab.modelp2p").write_bytes(bundle_of(checkpoint()))
+        (place / "again").symlink_to(place)
+        assert is_filled(vllm.get_model(config(place, extra={"home": str(served.path)})))
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "config.json").write_bytes(b"{}")
+        (place / "linked").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(UsageError, match=r"linked/config\.json"):
+            vllm.get_model(config(place, extra={"home": str(served.path)}))
+
+    @pytest.mark.parametrize("name", ["vocab.bpe", "notes.md", "sub/merges.txt", "adapter.bin", "tokenizer.json"])
+    def test_every_signed_file_but_tensors_is_compared(self, vllm: Vllm, own_home: Path, name: str) -> None:
+        files = checkpoint() | {name: bytes(3 * MIB + 5)}
+        home = Home(own_home / "modelp2p")
+        home.trust()
+        home.add(statement_of(files), files)
+        assert is_filled(vllm.get_model(config(tree_of(home))))
+        flip(tree_of(home) / name, -1)
+        with pytest.raises(IntegrityError, match=f"{name}': piece 3"):
+            vllm.get_model(config(tree_of(home), architecture=Untouched))
+
+    @pytest.mark.slow
+    def test_a_signed_file_of_more_than_64_mib_is_compared(self, vllm: Vllm, own_home: Path) -> None:
+        files = checkpoint() | {"tokenizer.json": bytes(64 * MIB + 1)}
+        home = Home(own_home / "modelp2p")
+        home.trust()
+        home.add(statement_of(files), files)
+        assert is_filled(vllm.get_model(config(tree_of(home))))
+        flip(tree_of(home) / "tokenizer.json", -1)
+        with pytest.raises(IntegrityError, match=r"tokenizer\.json': piece 64"):
+            vllm.get_model(config(tree_of(home), architecture=Untouched))
 
     def test_a_parameter_nobody_filled_is_an_error(self, vllm: Vllm, served: Home) -> None:
         class More(Served):
