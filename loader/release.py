@@ -281,7 +281,7 @@ class OpenRelease:
         cannot be judged, and neither can its neighbours' bytes in the same piece (see `attest`).
 
         Raises:
-            UsageError: nobody can hash on this device.
+            UsageError: nobody can hash on this device, or the model's `state_dict` shows copies of its tensors.
         """
         self._check_usable()
         by_file: dict[str, list[Part]] = {path: [] for path in self._shards}
