@@ -15,7 +15,7 @@ import torch
 
 from modelp2p.loader.cuda import CudaDevice
 from modelp2p.loader.gpu import HostVerifier
-from modelp2p.loader.staging import HostSlot, empty_bytes, in_huge_pages, page_aligned
+from modelp2p.loader.staging import HostSlot, empty_bytes, page_aligned
 from modelp2p.loader.strided import copy_strided
 from modelp2p.loader.windows import WindowError
 from modelp2p.protocol.errors import UsageError
@@ -164,7 +164,7 @@ class HostDevice:
         return _Passed()
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        return in_huge_pages(empty_bytes(size_bytes, "cpu"))
+        return empty_bytes(size_bytes, "cpu")
 
     def adopt(self) -> None:
         return

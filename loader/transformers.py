@@ -34,7 +34,6 @@ import torch
 
 from modelp2p.loader.arriving import DEFAULT_TIMEOUT_S
 from modelp2p.loader.checkpoint import open_checkpoint
-from modelp2p.loader.staging import in_huge_pages
 from modelp2p.loader.standins import StandIns
 from modelp2p.protocol.errors import FormatError, ModelP2PError, UsageError
 
@@ -149,8 +148,7 @@ def model_of(
         real |= lost | {name for name, tensor in found.items() if id(tensor) in tied}
     device = torch.device(release.stats.device)
     for tensor in found.values():
-        memory = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        tensor.data = in_huge_pages(memory) if device.type == "cpu" else memory
+        tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     model.to(device)
     if found:
         release.into({name: tensor.detach() for name, tensor in found.items()}, list(found), progress)

@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 from modelp2p.loader.device import HostDevice
 from modelp2p.loader.ring import Ring
-from modelp2p.loader.staging import HUGE_BYTES, HostSlot, in_huge_pages
+from modelp2p.loader.staging import HostSlot
 
 
 def descriptors() -> set[str]:
@@ -63,11 +62,3 @@ def test_ordinary_memory_does_where_none_can_be_shared(monkeypatch: pytest.Monke
     slot.view[:] = bytes(range(100))
     assert slot.fd == -1
     assert slot.memory.tolist() == list(range(100))
-
-
-@pytest.mark.parametrize("size", [0, 1, HUGE_BYTES - 1, 5 * HUGE_BYTES + 3])
-def test_huge_pages_change_no_byte(size: int) -> None:
-    tensor = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
-    before = tensor.clone()
-    assert in_huge_pages(tensor) is tensor
-    assert torch.equal(tensor, before)
