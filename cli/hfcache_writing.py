@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal
 
 from modelp2p.cli.local_dir import umask
 from modelp2p.cli.units import size_text
-from modelp2p.protocol import hfcache, layout
+from modelp2p.protocol import gitids, hfcache, layout
 from modelp2p.protocol.errors import CorruptError, NoSpaceError, NotFoundError, StoreError
 from modelp2p.protocol.hfcache import Listed
 
@@ -210,7 +210,7 @@ class _Writer:
         fd = open_beneath(self.source, entry.path, os.O_RDONLY)
         try:
             # The daemon proves the SHA-256 of a file, and takes a git blob id as stated; here it becomes a name.
-            is_right = entry.git_sha1 is None or hfcache.git_blob_id(os.pread(fd, entry.size + 1, 0)) == entry.git_sha1
+            is_right = entry.git_sha1 is None or gitids.blob_id(os.pread(fd, entry.size + 1, 0)) == entry.git_sha1
             if not is_right or not known.matches(os.fstat(fd), ignore_ctime=True):
                 raise CorruptError(f"'{entry.path}' is not what was signed", hint=f"modelp2p verify {self.manifest.name}")
             self._drop_dangling(blob)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from modelp2p.loader.arriving import DEFAULT_TIMEOUT_S
 from modelp2p.loader.device import device_for
 from modelp2p.loader.following import follow
-from modelp2p.loader.home import default_home
+from modelp2p.loader.home import home_at
 from modelp2p.loader.locate import locate
 from modelp2p.loader.release import OpenRelease
 from modelp2p.loader.repairing import DaemonRepair
@@ -70,7 +70,7 @@ def open_release(
         UsageError: an argument is wrong, or the device is not here.
         ModelP2PError: how the fetch, or the daemon, ended before everything was here.
     """
-    place = default_home() if home is None else os.path.abspath(os.path.expanduser(os.fspath(home)))
+    place = home_at(home)
     target = device_for(device)
     open_located = partial(
         OpenRelease,

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from modelp2p.loader.documents import read_document
-from modelp2p.loader.home import default_home
+from modelp2p.loader.home import home_at
 from modelp2p.loader.index import check_index
 from modelp2p.loader.locate import locate
-from modelp2p.loader.pieces import PieceTable
+from modelp2p.loader.pieces import PieceTable, repair_hint
 from modelp2p.loader.source import SourceFile
 from modelp2p.protocol.errors import NotFoundError
 
@@ -49,7 +49,7 @@ def open_checkpoint(
     # Late, so that a program may import this module before it knows whether it will load anything: torch takes seconds.
     from modelp2p.loader.api import open_release
 
-    place = default_home() if home is None else os.path.abspath(os.path.expanduser(os.fspath(home)))
+    place = home_at(home)
     if files is None:
         try:
             located = locate(ref, publisher=publisher, home=place)
@@ -92,6 +92,5 @@ def proven(release: Release, directory: str, path: str) -> bytes:
         FormatError: no small file is that large.
     """
     entry = release.manifest.file(path)
-    hint = f"Repair it: modelp2p verify {release.ref} --repair"
-    table = PieceTable.of(entry, release.manifest.piece_length, release.layers.of(entry), hint)
-    return read_document(SourceFile(os.path.join(directory, path), entry, hint), table)
+    source = SourceFile(os.path.join(directory, path), entry, repair_hint(release))
+    return read_document(source, PieceTable.in_release(release, entry))

@@ -68,9 +68,10 @@ class Delivery:
             target_of: where tensors are made, which are then copies; new memory, or views, by default.
         """
         batches = list(_batches(files, may_view=target_of is None))
-        meter = _Meter(progress, sum(_bytes_under(of_batch) for _, of_batch in batches))
+        sizes = [_bytes_under(of_batch) for _, of_batch in batches]
+        meter = _Meter(progress, sum(sizes))
         started = time.perf_counter()
-        for is_view, of_batch in batches:
+        for (is_view, of_batch), size in zip(batches, sizes, strict=True):
             before = meter.done
             made = self._views(of_batch, meter) if is_view else self._copies(of_batch, meter, target_of)
             for want, shard, tensor, is_shown in made:
@@ -78,7 +79,7 @@ class Delivery:
                 self.stats.seconds += time.perf_counter() - started
                 yield want.part.name, tensor
                 started = time.perf_counter()
-            meter.reach(before + _bytes_under(of_batch))
+            meter.reach(before + size)
         trouble = self.tools.hashers.trouble
         if trouble and trouble not in self.stats.fallbacks:
             self.stats.fallbacks.append(trouble)
@@ -182,8 +183,10 @@ def _batches(files: Files, *, may_view: bool) -> Iterator[tuple[bool, list[tuple
     viewed: list[tuple[Shard, list[Want]]] = []
     copied: list[tuple[Shard, list[Want]]] = []
     for shard, wants in files:
-        shown = [want for want in wants if may_view and shard.way.is_view and _can_be_shown(want)]
-        others = [want for want in wants if not (may_view and shard.way.is_view and _can_be_shown(want))]
+        shown: list[Want] = []
+        others: list[Want] = []
+        for want in wants:
+            (shown if may_view and shard.way.is_view and _can_be_shown(want) else others).append(want)
         if shown:
             if copied:
                 yield False, copied

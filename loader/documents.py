@@ -31,3 +31,19 @@ def read_document(source: SourceFile, table: PieceTable, *, is_hashed: bool = Tr
         return bytes(data)
     finally:
         source.close()
+
+
+def check_file(source: SourceFile, table: PieceTable) -> None:
+    """Return if an open file of any size is what was signed; one piece of it is in memory at a time. Closes it.
+
+    Raises:
+        IntegrityError: it is not.
+    """
+    try:
+        for piece in range(table.count):
+            begin, end = table.span(range(piece, piece + 1))
+            data = memoryview(bytearray(end - begin))
+            source.read_into(data, begin)
+            table.check(piece, data)
+    finally:
+        source.close()

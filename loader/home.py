@@ -45,6 +45,11 @@ def default_home() -> str:
     return os.path.join(data if os.path.isabs(data) else os.path.expanduser("~/.local/share"), "modelp2p")
 
 
+def home_at(home: str | os.PathLike[str] | None) -> str:
+    """The home a caller names, as an absolute path; the default one for None."""
+    return default_home() if home is None else os.path.abspath(os.path.expanduser(os.fspath(home)))
+
+
 def tree_at(path: str) -> Tree | None:
     """The visible tree that `path` is, links followed; None for any other place."""
     found = _TREE.fullmatch(os.path.realpath(path))

@@ -16,15 +16,13 @@ import torch
 
 from modelp2p.loader.parts import is_number
 from modelp2p.protocol.errors import UsageError
+from modelp2p.protocol.text import some_of
 
 if TYPE_CHECKING:
     from modelp2p.loader.plan import Want
 
 Model = torch.nn.Module | Mapping[str, torch.Tensor]
 """A module, or its tensors by name."""
-
-SHOWN = 5
-"""Names in a message; a model has thousands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,5 +218,4 @@ def _is_castable(stored: torch.dtype, has: torch.dtype) -> bool:
 
 def _refuse(what: str, names: Sequence[str], hint: str) -> None:
     if names:
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        raise UsageError(f"{what} {', '.join(names[:SHOWN])}{more}", hint=hint)
+        raise UsageError(f"{what} {some_of(names)}", hint=hint)

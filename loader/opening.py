@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from modelp2p.loader.arriving import ArrivingFile
 from modelp2p.loader.documents import read_document
 from modelp2p.loader.index import SUFFIX, check_index
-from modelp2p.loader.pieces import PieceTable
+from modelp2p.loader.pieces import PieceTable, repair_hint
 from modelp2p.loader.shard import Shard, Standing, Way, open_shard, standing_of, way_of
 from modelp2p.loader.source import SourceFile
 from modelp2p.protocol.errors import NotFoundError
@@ -102,20 +102,16 @@ class Opening:
         return os.path.exists(self._place(entry)) if self.arrivals is None else self.arrivals.includes(entry.path)
 
     def _source(self, entry: FileEntry) -> SourceFile:
+        hint = repair_hint(self.located.release)
         if self.arrivals is not None:
-            return ArrivingFile(self.arrivals, self._place(entry), entry, self._hint)
-        return SourceFile(self._place(entry), entry, self._hint)
+            return ArrivingFile(self.arrivals, self._place(entry), entry, hint)
+        return SourceFile(self._place(entry), entry, hint)
 
     def _table(self, entry: FileEntry) -> PieceTable:
-        release = self.located.release
-        return PieceTable.of(entry, release.manifest.piece_length, release.layers.of(entry), self._hint)
+        return PieceTable.in_release(self.located.release, entry)
 
     def _place(self, entry: FileEntry) -> str:
         return os.path.join(self.located.directory, entry.path)
-
-    @property
-    def _hint(self) -> str:
-        return f"Repair it: modelp2p verify {self.located.release.ref} --repair"
 
 
 def _chosen(entries: Sequence[FileEntry], files: str | Sequence[str] | None) -> list[FileEntry]:

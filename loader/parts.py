@@ -8,7 +8,7 @@ F4 packs two elements in a byte and torch has one dtype for the pair, so the las
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,21 +66,6 @@ class Part:
     def size(self) -> int:
         """Length in bytes."""
         return self.end - self.begin
-
-    def rows(self, start: int, stop: int) -> Part:
-        """Rows `start` up to `stop` along dimension 0.
-
-        Raises:
-            UsageError: no dimension, or rows that do not exist.
-        """
-        if not self.shape:
-            raise UsageError(f"tensor '{self.name}' has no dimension to slice")
-        rows = self.shape[0]
-        if not 0 <= start <= stop <= rows:
-            raise UsageError(f"tensor '{self.name}' has {rows} rows, not {start} to {stop}")
-        stride = self.size // rows if rows else 0
-        shape = (stop - start, *self.shape[1:])
-        return replace(self, shape=shape, begin=self.begin + start * stride, end=self.begin + stop * stride)
 
     def shaped(self, data: torch.Tensor) -> torch.Tensor:
         """A one-dimensional uint8 tensor of `size` bytes, aligned for the dtype, seen as this part. Copies nothing."""

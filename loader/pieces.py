@@ -15,6 +15,7 @@ from modelp2p.protocol.ranges import Ranges
 
 if TYPE_CHECKING:
     from modelp2p.protocol.manifest import FileEntry
+    from modelp2p.protocol.statement import Release
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,11 @@ class PieceTable:
     """Concatenated piece hashes, already proven against the signed root (`protocol.layers`)."""
     hint: str = ""
     """What a user should do about a bad piece."""
+
+    @classmethod
+    def in_release(cls, release: Release, entry: FileEntry) -> PieceTable:
+        """The table of a file of a verified release."""
+        return cls.of(entry, release.manifest.piece_length, release.layers.of(entry), repair_hint(release))
 
     @classmethod
     def of(cls, entry: FileEntry, piece_length: int, layer: bytes, hint: str = "") -> PieceTable:
@@ -92,6 +98,11 @@ class PieceTable:
                 expected=expected.hex(),
                 got=got.hex(),
             )
+
+
+def repair_hint(release: Release) -> str:
+    """What a user does about a file of a verified release that is not what was signed."""
+    return f"Repair it: modelp2p verify {release.ref} --repair"
 
 
 def runs_of(pieces: Ranges, at_most: int) -> Iterator[range]:

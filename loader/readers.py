@@ -13,12 +13,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
+from modelp2p.loader.mapped import mapped_bytes
 from modelp2p.protocol.errors import IntegrityError, StoreError
 
 if TYPE_CHECKING:
@@ -240,7 +238,4 @@ def _lines(path: str) -> list[str]:
 
 
 def _address_of(view: memoryview) -> int:
-    with warnings.catch_warnings():
-        # "The given buffer is not writable": nobody writes.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
-        return torch.frombuffer(view, dtype=torch.uint8).data_ptr()
+    return mapped_bytes(view, 0, len(view)).data_ptr()

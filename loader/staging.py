@@ -24,8 +24,7 @@ class HostSlot:
 
     def __init__(self, memory: torch.Tensor, fd: int = -1) -> None:
         self.memory = memory
-        # Not through NumPy, which torch does not need; the slot keeps the tensor as long as the view.
-        self.view = memoryview((ctypes.c_ubyte * memory.numel()).from_address(memory.data_ptr())).cast("B")
+        self.view = bytes_of(memory)
         self._fd = fd
         self._closing = weakref.finalize(self, os.close, fd) if fd >= 0 else None
 
@@ -54,6 +53,11 @@ class HostSlot:
         """Give the descriptor back; the memory goes with the slot. Idempotent."""
         if self._closing is not None:
             self._closing()
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous host tensor, which must outlive them. Not through NumPy, which torch does not need."""
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def page_aligned(size_bytes: int) -> torch.Tensor:

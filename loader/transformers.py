@@ -36,6 +36,7 @@ from modelp2p.loader.arriving import DEFAULT_TIMEOUT_S
 from modelp2p.loader.checkpoint import open_checkpoint
 from modelp2p.loader.standins import StandIns
 from modelp2p.protocol.errors import FormatError, ModelP2PError, UsageError
+from modelp2p.protocol.text import some_of
 
 if TYPE_CHECKING:
     from modelp2p.loader.delivery import Progress
@@ -51,8 +52,6 @@ QUANTIZED_WITHOUT_A_HUB = frozenset({"bitsandbytes", "compressed-tensors", "hqq"
 fbgemm_fp8, eetq, nvfp4, gguf and metal. Others, as gptq, it leaves to packages that nobody has read for this."""
 MAX_DEPTH = 32
 """Of objects and lists in a configuration; sub-configurations of sub-configurations take six."""
-SHOWN = 5
-"""Names in a message; a model has thousands."""
 
 
 def from_release(
@@ -337,5 +336,4 @@ def _first_floating(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 def _refuse(what: str, names: Sequence[str], hint: str) -> None:
     if names:
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        raise UsageError(f"{what}: {', '.join(names[:SHOWN])}{more}", hint=hint)
+        raise UsageError(f"{what}: {some_of(names)}", hint=hint)

@@ -7,13 +7,13 @@ that saving one does not save the whole file.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from modelp2p.loader.hashing import Workers, pieces_per_run
+from modelp2p.loader.mapped import mapped_bytes
 from modelp2p.loader.pieces import runs_of
 
 if TYPE_CHECKING:
@@ -75,9 +75,6 @@ def _prove(
 def _tensor(data: memoryview, part: Part) -> tuple[Part, torch.Tensor, bool]:
     if part.size == 0:
         return part, torch.empty(part.shape, dtype=part.dtype, device="cpu"), True
-    with warnings.catch_warnings():
-        # "The given buffer is not writable": that is the point.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
-        raw = torch.frombuffer(data, dtype=torch.uint8, count=part.size, offset=part.begin)
+    raw = mapped_bytes(data, part.begin, part.size)
     is_aligned = raw.data_ptr() % part.dtype.itemsize == 0
     return part, part.shaped(raw if is_aligned else raw.clone()), is_aligned

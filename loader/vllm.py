@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelp2p.protocol.errors import UsageError
 from modelp2p.protocol.kinds import FileKind, kind_of
+from modelp2p.protocol.text import some_of
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +63,6 @@ OPTIONS: dict[str, type | tuple[type, ...]] = {
     "device": str,
 }
 """Keys of the extra configuration, and what their values are."""
-SHOWN = 5
-"""Names in a message; a model has thousands."""
 
 _log = logging.getLogger("modelp2p.loader")
 
@@ -196,9 +195,8 @@ def _check_folder(release: OpenRelease, folder: str) -> None:
     entries = {entry.path: entry for entry in release.release.manifest.files}
     unsigned = sorted(path for path in _files_below(folder) if path not in entries and _is_read(path))
     if unsigned:
-        more = f" and {len(unsigned) - SHOWN} more" if len(unsigned) > SHOWN else ""
         raise UsageError(
-            f"'{folder}' holds files that nobody signed, and vLLM may have read them: {', '.join(unsigned[:SHOWN])}{more}",
+            f"'{folder}' holds files that nobody signed, and vLLM may have read them: {some_of(unsigned)}",
             hint="Take them away, or serve another folder.",
         )
     for path, entry in entries.items():
@@ -207,21 +205,13 @@ def _check_folder(release: OpenRelease, folder: str) -> None:
 
 
 def _check_file(release: Release, folder: str, entry: FileEntry) -> None:
-    """Return if a file of any size is what was signed; one piece of it is in memory at a time."""
-    from modelp2p.loader.pieces import PieceTable
+    """Return if a file of the release that lies in another folder is what was signed; raises as `check_file`."""
+    from modelp2p.loader.documents import check_file
+    from modelp2p.loader.pieces import PieceTable, repair_hint
     from modelp2p.loader.source import SourceFile
 
-    hint = f"Repair it: modelp2p verify {release.ref} --repair"
-    table = PieceTable.of(entry, release.manifest.piece_length, release.layers.of(entry), hint)
-    source = SourceFile(os.path.join(folder, entry.path), entry, hint)
-    try:
-        for piece in range(table.count):
-            begin, end = table.span(range(piece, piece + 1))
-            data = memoryview(bytearray(end - begin))
-            source.read_into(data, begin)
-            table.check(piece, data)
-    finally:
-        source.close()
+    source = SourceFile(os.path.join(folder, entry.path), entry, repair_hint(release))
+    check_file(source, PieceTable.in_release(release, entry))
 
 
 def _files_below(folder: str) -> Iterator[str]:
@@ -254,7 +244,5 @@ def _check_filled(model: torch.nn.Module, loaded: set[str]) -> None:
             own = {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters(recurse=False)}
             missing -= {name for name in own if name.endswith("scale")}
     if missing:
-        names = sorted(missing)
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         hint = "Is it the right release? Where it holds several models, choose with the key files."
-        raise UsageError(f"the release has nothing for {', '.join(names[:SHOWN])}{more}", hint=hint)
+        raise UsageError(f"the release has nothing for {some_of(sorted(missing))}", hint=hint)

@@ -19,16 +19,16 @@ Invariants:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import torch
-
+from modelp2p.loader.mapped import mapped_bytes
 from modelp2p.protocol.errors import StoreError
 
 if TYPE_CHECKING:
+    import torch
+
     from modelp2p.loader.device import Device, Event
     from modelp2p.loader.shard import Shard, Way
     from modelp2p.loader.source import SourceFile
@@ -152,7 +152,7 @@ class Windows:
         """
         if source not in self._mappings:
             self._mappings[source] = source.mapping()
-        window = Window(_row(self._mappings[source], begin, end))
+        window = Window(mapped_bytes(self._mappings[source], begin, end - begin))
         # Before it is locked: whatever happens in between, `__exit__` knows of it.
         self._open.append(window)
         window.lock(self._device)
@@ -182,10 +182,3 @@ class Windows:
                 # The first error is the cause of this one.
                 if error is None:
                     raise
-
-
-def _row(mapping: memoryview, begin: int, end: int) -> torch.Tensor:
-    with warnings.catch_warnings():
-        # "The given buffer is not writable": nobody writes.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
-        return torch.frombuffer(mapping, dtype=torch.uint8, count=end - begin, offset=begin)

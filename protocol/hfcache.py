@@ -13,7 +13,6 @@ A `Listed` is one file of a commit as such a listing states it. Lists of them cr
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from modelp2p.protocol import codec
 from modelp2p.protocol.errors import FormatError
+from modelp2p.protocol.gitids import blob_id, lfs_pointer
 from modelp2p.protocol.manifest import GIT_MAX_BYTES, MAX_UINT
 from modelp2p.protocol.paths import MAX_FILES, check_paths
 
@@ -96,11 +96,6 @@ def link_of(item: Listed) -> str:
     return f"{'../' * (item.path.count('/') + 2)}{blob_of(item)}"
 
 
-def git_blob_id(content: bytes) -> bytes:
-    """The id git gives a file of this content."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).digest()
-
-
 def encode_tree(files: Iterable[Listed]) -> bytes:
     """The listing of a commit as huggingface_hub writes it: sorted, indented by one."""
     rows: dict[str, dict[str, str | int]] = {}
@@ -108,10 +103,8 @@ def encode_tree(files: Iterable[Listed]) -> bytes:
         if item.is_git:
             rows[item.path] = {"size": item.size, "blob_id": item.blob}
         else:
-            # What git itself keeps of an LFS file is a pointer: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
-            pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{item.blob}\nsize {item.size}\n"
-            blob_id = git_blob_id(pointer.encode()).hex()
-            rows[item.path] = {"size": item.size, "blob_id": blob_id, "lfs_sha256": item.blob, "lfs_size": item.size}
+            pointer_id = blob_id(lfs_pointer(item.digest, item.size)).hex()
+            rows[item.path] = {"size": item.size, "blob_id": pointer_id, "lfs_sha256": item.blob, "lfs_size": item.size}
     return json.dumps({"format_version": TREE_VERSION, "files": rows}, indent=1).encode()
 
 

@@ -7,14 +7,15 @@ Invariants:
 
 Folder ids are git tree ids over the listed files with mode 100644; a manifest knows no executable bits, so they equal those of a
 repository without such. Clients only show them.
-Spec: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects, https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+The ids are those of `gitids`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeAlias
+
+from modelp2p.protocol.gitids import blob_id, lfs_pointer, object_id
 
 if TYPE_CHECKING:
     from modelp2p.protocol.manifest import FileEntry, Manifest
@@ -78,21 +79,14 @@ def file_row(entry: FileEntry) -> dict[str, Json]:
     """One file as `/tree` and `/paths-info` list it."""
     row: dict[str, Json] = {"type": "file", "path": entry.path, "size": entry.size, "oid": git_id(entry).hex()}
     if entry.git_sha1 is None:
-        pointer_bytes = len(_pointer(entry))
+        pointer_bytes = len(lfs_pointer(entry.sha256, entry.size))
         row["lfs"] = {"oid": entry.sha256.hex(), "size": entry.size, "pointerSize": pointer_bytes}
     return row
 
 
 def git_id(entry: FileEntry) -> bytes:
     """The git blob id of what a repository on the Hub holds for this file: the file itself, or its LFS pointer."""
-    return entry.git_sha1 if entry.git_sha1 is not None else _object_id(b"blob", _pointer(entry))
-
-
-def _pointer(entry: FileEntry) -> bytes:
-    return b"version https://git-lfs.github.com/spec/v1\noid sha256:%b\nsize %d\n" % (
-        entry.sha256.hex().encode("ascii"),
-        entry.size,
-    )
+    return entry.git_sha1 if entry.git_sha1 is not None else blob_id(lfs_pointer(entry.sha256, entry.size))
 
 
 def _tree_id(children: dict[str, bytes]) -> bytes:
@@ -100,8 +94,4 @@ def _tree_id(children: dict[str, bytes]) -> bytes:
     for name in sorted(children, key=lambda name: name.encode("utf-8")):
         mode = b"40000" if name.endswith("/") else b"100644"
         rows.append(b"%b %b\0%b" % (mode, name.rstrip("/").encode("utf-8"), children[name]))
-    return _object_id(b"tree", b"".join(rows))
-
-
-def _object_id(kind: bytes, data: bytes) -> bytes:
-    return hashlib.sha1(b"%b %d\0%b" % (kind, len(data), data), usedforsecurity=False).digest()
+    return object_id(b"tree", b"".join(rows))

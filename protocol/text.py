@@ -7,6 +7,7 @@ shown as its escape, never dropped, so that two different names never look the s
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 # Cc control, Cf format (bidi overrides, zero width), Cs lone surrogates, Co private use, Cn unassigned,
 # Zl/Zp line and paragraph separators: none of these belongs in a name on one line.
@@ -18,6 +19,10 @@ _HIDDEN_ELSEWHERE = frozenset(
     "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0"
     + "".join(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
 )
+
+
+SHOWN_NAMES = 5
+"""Of a list in a message; a model has thousands."""
 
 
 def is_hidden(character: str) -> bool:
@@ -32,3 +37,9 @@ def printable(text: str) -> str:
     return "".join(
         character.encode("unicode_escape").decode("ascii") if is_hidden(character) else character for character in text
     )
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are: for a message of one line."""
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more

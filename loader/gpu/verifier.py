@@ -8,7 +8,6 @@ Invariants:
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Protocol
@@ -18,6 +17,7 @@ import torch
 from modelp2p.loader.gpu.build import compile_kernels
 from modelp2p.loader.gpu.shape import FOLD_THREADS, LEAF_BLOCKS, LEAF_THREADS, TAIL_THREADS, Shape, arch_of, blocks_for
 from modelp2p.loader.gpu.way import WayError
+from modelp2p.loader.staging import bytes_of
 from modelp2p.protocol.errors import UsageError
 from modelp2p.protocol.merkle import HASH_BYTES, LEAF_BYTES, piece_hash, pieces_in
 
@@ -94,7 +94,7 @@ class HostVerifier:
 
     def submit(self, slot: torch.Tensor, batch: Batch, bad: torch.Tensor) -> None:
         _check_submitted(slot, batch, bad, torch.device("cpu"))
-        data, signed = _view(slot)[: batch.size], _view(batch.expected)
+        data, signed = bytes_of(slot)[: batch.size], bytes_of(batch.expected)
         for piece in range(batch.shape.pieces):
             begin = piece * batch.piece_length
             got = piece_hash(data[begin : begin + batch.piece_length], batch.piece_length, batch.is_whole_file)
@@ -195,7 +195,7 @@ def tried_out(verifier: GpuVerifier) -> GpuVerifier:
     length = 4 * LEAF_BYTES
     # No divisor of a leaf, so that no two leaves are alike.
     data = torch.arange(2 * length + LEAF_BYTES + 1000, dtype=torch.int32, device="cpu").remainder_(251).to(torch.uint8)
-    view = _view(data)
+    view = bytes_of(data)
     hashes = b"".join(piece_hash(view[begin : begin + length], length, False) for begin in range(0, data.numel(), length))
     data[length + 70] ^= 1
     try:
@@ -234,8 +234,3 @@ def _check_memory(what: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
     alignment = ALIGNMENT if dtype is torch.uint8 else dtype.itemsize
     if tensor.dtype is not dtype or tensor.dim() != 1 or not tensor.is_contiguous() or tensor.data_ptr() % alignment:
         raise ValueError(f"{what} has to be one contiguous row of {dtype}, aligned to {alignment} bytes")
-
-
-def _view(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a host tensor, which must outlive it. Not through NumPy, which torch does not need."""
-    return memoryview((ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())).cast("B")

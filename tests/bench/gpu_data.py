@@ -6,7 +6,6 @@ folder, by hard link, for loaders that know no store.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from modelp2p.loader.staging import bytes_of
 from modelp2p.protocol import layout, torrent
 from modelp2p.protocol.envelope import Envelope, Signature, encode_envelope, pae
 from modelp2p.protocol.kinds import kind_of
@@ -83,11 +83,6 @@ def reference(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 begin, end = info["data_offsets"]
                 file.seek(8 + length + begin)
                 yield name, torch.frombuffer(bytearray(file.read(end - begin)), dtype=torch.uint8)
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a host tensor, which has to live as long."""
-    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _write(path: Path, seed: int, tensors: int, tensor_bytes: int, device: torch.device) -> None:

@@ -24,10 +24,11 @@ from modelp2p.loader.locate import locate
 from modelp2p.loader.plan import Move
 from modelp2p.loader.readers import reader_of
 from modelp2p.loader.source import SourceFile
+from modelp2p.loader.staging import bytes_of
 from modelp2p.loader.windows import WindowError
 from modelp2p.protocol.merkle import HASH_BYTES, piece_hash
 from tests.bench.gpu_bed import MIB, Clock, best_of
-from tests.bench.gpu_data import NAME, bytes_of, shards_of
+from tests.bench.gpu_data import NAME, shards_of
 
 if TYPE_CHECKING:
     from modelp2p.loader.device import Event

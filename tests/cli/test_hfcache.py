@@ -19,7 +19,7 @@ from modelp2p.cli.hfcache import cache_folder
 from modelp2p.cli.hfcache_reading import adoptable, blobs_of, find_snapshot, linked
 from modelp2p.cli.hfcache_writing import Materialized, materialize
 from modelp2p.daemon.space import KEEP_FREE_BYTES
-from modelp2p.protocol import hfcache
+from modelp2p.protocol import gitids, hfcache
 from modelp2p.protocol.errors import (
     CorruptError,
     FormatError,
@@ -260,14 +260,14 @@ def with_git(manifest: Manifest, path: str, git_sha1: bytes) -> Manifest:
 
 
 def test_a_git_blob_id_is_checked_before_it_becomes_a_name(store: Store) -> None:
-    right = with_git(store.manifest, "config.json", hfcache.git_blob_id(FILES["config.json"]))
+    right = with_git(store.manifest, "config.json", gitids.blob_id(FILES["config.json"]))
     wrong = with_git(store.manifest, "config.json", bytes(20))
     with pytest.raises(CorruptError, match="is not what was signed"):
         store.materialize(manifest=wrong)
     assert not (store.repo / "blobs" / ("00" * 20)).exists()
     assert not store.snapshot.exists()
     store.materialize(manifest=right)
-    assert (store.repo / "blobs" / hfcache.git_blob_id(b"{}").hex()).read_bytes() == b"{}"
+    assert (store.repo / "blobs" / gitids.blob_id(b"{}").hex()).read_bytes() == b"{}"
 
 
 def test_the_ref_is_kept_unless_the_name_was_asked_for(store: Store) -> None:
@@ -454,7 +454,7 @@ def cached(tmp_path: Path, files: Mapping[str, bytes] | None = None, *, in_git: 
     """A cache with one commit, laid out as huggingface_hub does it."""
     files = {"a.json": b"{}", "sub/b.bin": b"bbb"} if files is None else files
     repo = tmp_path / "hub" / "models--org--model"
-    digest = hfcache.git_blob_id if in_git else lambda data: hashlib.sha256(data).digest()
+    digest = gitids.blob_id if in_git else lambda data: hashlib.sha256(data).digest()
     listed = [Listed(path, len(data), digest(data)) for path, data in files.items()]
     for item in listed:
         blob, place = repo / hfcache.blob_of(item), repo / hfcache.snapshot_of(COMMIT, item.path)

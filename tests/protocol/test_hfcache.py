@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import _tree_cache as oracle
 from huggingface_hub.file_download import repo_folder_name
 
-from modelp2p.protocol import codec, hfcache
+from modelp2p.protocol import codec, gitids, hfcache
 from modelp2p.protocol.errors import FormatError
 from modelp2p.protocol.hfcache import Listed
 from modelp2p.protocol.kinds import FileKind
@@ -48,8 +48,8 @@ def test_the_link_of_a_file_leads_from_the_snapshot_to_its_blob(path: str) -> No
 
 def test_a_git_blob_id_is_gits() -> None:
     # `git hash-object` of an empty file, and of "hello\n".
-    assert hfcache.git_blob_id(b"").hex() == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
-    assert hfcache.git_blob_id(b"hello\n").hex() == "ce013625030ba8dba906f756967f9e9ca394464a"
+    assert gitids.blob_id(b"").hex() == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+    assert gitids.blob_id(b"hello\n").hex() == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
 def test_huggingface_hub_reads_what_we_list(tmp_path: Path) -> None:
