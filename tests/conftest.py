@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,6 +21,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("modelp2p")
+
+# A shell that starts us in the background ignores SIGINT, and every process we start would inherit that: no Ctrl-C could be tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _FOLDERS = {
     "HOME": "home",
