@@ -22,7 +22,7 @@ settings.register_profile(
 )
 settings.load_profile("modelp2p")
 
-# A shell that starts us in the background ignores SIGINT, and every process we start would inherit that: no Ctrl-C could be tested.
+# A shell that starts us in the background ignores SIGINT, and every process we start would inherit that, Ctrl-C tests included.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _FOLDERS = {
