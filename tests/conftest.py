@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,10 @@ settings.load_profile("modelp2p")
 
 # A shell that starts us in the background ignores SIGINT, and every process we start would inherit that, Ctrl-C tests included.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Several threads of torch wait for each other at every operation on a small tensor, on cores that other tests are using: that was
+# more than half of the time of the loader's tests. Also for the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 _FOLDERS = {
     "HOME": "home",
