@@ -14,6 +14,7 @@ from modelp2p.cli.app import App, pass_app
 from modelp2p.cli.connection import daemon
 from modelp2p.cli.options import client_options, peer_option
 from modelp2p.cli.output import emit_block, emit_json, out, say, table
+from modelp2p.cli.pins import state_text
 from modelp2p.cli.progress import progress_of
 from modelp2p.cli.refs import ref_args, typed_ref
 from modelp2p.cli.results import Row
@@ -50,7 +51,7 @@ def ls(app: App) -> None:
         (
             item.text("name") + ("" if item.flag("name_verified") else " (not verified)"),
             item.short_revision,
-            item.text("state"),
+            state_text(item),
             size_text(item.number("size")),
             percent_text(item.number("proven"), item.number("size")),
             item.number("files"),
@@ -81,9 +82,12 @@ def show(app: App, ref: str, bundle: str | None) -> None:
             _write_file(bundle, content)
             say(app, f"The signed statement is in {bundle}")
     if app.as_json:
-        emit_json(result.first("name", "revision", "info_hash", "manifest", "publisher", "state"))
+        chain = {} if links is None else {"chain": [link.as_map() for link in links]}
+        emit_json(result.first("name", "revision", "info_hash", "manifest", "publisher", "state") | chain)
     elif app.quiet:
         out(result.text("link"))
+    elif links is not None:
+        show_lineage(links)
     else:
         _show(result)
 
@@ -176,7 +180,7 @@ def _show(result: Row) -> None:
         [
             ("Release", result.ref),
             ("Signed by", result.text("publisher") + unverified),
-            ("State", result.text("state")),
+            ("State", state_text(result)),
             ("Path", result.text("path", "")),
             ("Created", f"{time_text(result.number('created'))}, sequence {result.number('sequence')}"),
             ("License", f"{result.text('license', '')} {result.text('license_file', '')}".strip()),

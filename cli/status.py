@@ -11,6 +11,7 @@ from modelp2p.cli.app import App, pass_app
 from modelp2p.cli.connection import Client, daemon
 from modelp2p.cli.options import home_option, json_option, quiet_option
 from modelp2p.cli.output import emit_json, flush, out, table
+from modelp2p.cli.pins import state_text
 from modelp2p.cli.results import Row
 from modelp2p.cli.units import duration_text, percent_text, rate_text, size_text
 from modelp2p.protocol.text import printable
@@ -83,7 +84,7 @@ def _lines(result: Row, *, quiet: bool) -> list[str]:
         (
             item.text("name"),
             item.short_revision,
-            item.text("state"),
+            state_text(item),
             percent_text(item.number("proven"), item.number("size")),
             size_text(item.number("size")),
             rate_text(item.number("rate_down")),

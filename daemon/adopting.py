@@ -16,8 +16,9 @@ import trio
 from modelp2p.daemon.beneath import open_beneath
 from modelp2p.daemon.comparing import compare_pieces
 from modelp2p.daemon.diskerror import on_disk
+from modelp2p.daemon.files import check_staging, write_all
 from modelp2p.daemon.linking import OWN_INODE_WAYS, place_copy
-from modelp2p.protocol.errors import UsageError
+from modelp2p.protocol.errors import NotFoundError, UsageError
 from modelp2p.protocol.ranges import Ranges
 
 if TYPE_CHECKING:
@@ -117,15 +118,16 @@ async def prove_staged(
 
 
 def take_in(folder: ReleaseFolder, path: str, fd: int) -> None:
-    """Put a copy of `fd` where the engine will write the rest; a staged file with proven pieces is better and stays.
+    """Put a copy of `fd` where the engine will write the rest; a staged file keeps its proven pieces and gets the others.
 
     Raises:
         NoSpaceError, StoreError: the copy cannot be made.
     """
-    if folder.proven_bytes((path,)):
-        return
     data = folder.data_dirfd()
     try:
+        if folder.proven_bytes((path,)):
+            _fill(folder, path, data, fd)
+            return
         place_copy(fd, data, path, OWN_INODE_WAYS, replace=True)
         copy = open_beneath(data, path, os.O_RDWR)
         try:
@@ -135,6 +137,29 @@ def take_in(folder: ReleaseFolder, path: str, fd: int) -> None:
             os.close(copy)
     finally:
         os.close(data)
+
+
+def _fill(folder: ReleaseFolder, path: str, data: int, fd: int) -> None:
+    """Copy from `fd` what the journal does not call proven. Nothing of it is believed before it was read back."""
+    pieces = folder.release.pieces
+    try:
+        found = check_staging(data, path)
+    except NotFoundError:
+        return
+    if found.st_size != pieces.size(path):
+        # Neither this one nor its journal is good for anything: staging makes it anew.
+        return
+    owned = pieces.pieces_of(path)
+    missing = Ranges.span(owned.start, owned.stop).minus(folder.state.proven)
+    staged = open_beneath(data, path, os.O_RDWR)
+    try:
+        with on_disk(f"cannot write '{path}'"):
+            for piece in missing.ints():
+                span = pieces.locate(piece)
+                os.lseek(staged, span.offset, os.SEEK_SET)
+                write_all(staged, os.pread(fd, span.length, span.offset))
+    finally:
+        os.close(staged)
 
 
 def _list(fd: int) -> list[_Candidate]:

@@ -21,12 +21,20 @@ async def remove_release(node: Node, entry: Entry) -> Map:
     """Stop serving a content and delete its files, statements and visible paths.
 
     Files that another release shares, or that were borrowed from the user, lose only our names for them.
+
+    Raises:
+        DeniedError: it is pinned.
     """
     shared = node.of(entry.info_hash)
     async with shared.lock:
-        await node.unseed(entry.info_hash)
-        freed = await trio.to_thread.run_sync(_remove, node, entry)
-        node.forget(entry.info_hash)
+        with node.pins.leaving(entry):
+            return await _remove_locked(node, entry)
+
+
+async def _remove_locked(node: Node, entry: Entry) -> Map:
+    await node.unseed(entry.info_hash)
+    freed = await trio.to_thread.run_sync(_remove, node, entry)
+    node.forget(entry.info_hash)
     return {"name": str(entry.name), "revision": entry.revision, "freed": freed}
 
 
@@ -60,6 +68,8 @@ def _remove(node: Node, entry: Entry) -> int:
 def _collect(node: Node, dry_run: bool) -> tuple[list[str], int]:
     store = node.store
     known = {entry.info_hash.hex() for entry in node.library.entries()}
+    # Also where its statement was damaged, and nothing but the pin speaks for it.
+    known |= {info_hash.hex() for info_hash in node.pins}
     in_use = {shared.info_hash.hex() for shared in node.shared.values() if shared.lock.locked()}
     in_use |= {info_hash.hex() for info_hash in node.routed()}
     # A detached fetch that has not begun holds a statement and no journal.
@@ -70,7 +80,9 @@ def _collect(node: Node, dry_run: bool) -> tuple[list[str], int]:
     freed = sum(_bytes_of(node, path) for path in orphans if not path.startswith(layout.STORE))
     unused = [
         entry for entry in node.library.entries()
-        if not store.path(layout.journal_of(entry.info_hash)).exists() and entry.info_hash.hex() not in in_use
+        if not store.path(layout.journal_of(entry.info_hash)).exists()
+        and entry.info_hash.hex() not in in_use
+        and entry.info_hash not in node.pins
     ]  # fmt: skip
     if not dry_run:
         for path in orphans:

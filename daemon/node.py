@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from modelp2p.daemon.folder import ReleaseFolder
+from modelp2p.daemon.pins import Pins
+from modelp2p.daemon.relay import Relay
 from modelp2p.daemon.transfer import Traffic, Transfer
 from modelp2p.daemon.watching import Watch
 from modelp2p.protocol import engine_wire as wire
@@ -100,6 +102,8 @@ class Node:
         self.pool = pool
         self.config = config
         self.book: TrustBook = store.load_book()
+        self.pins = Pins(store)
+        self.relay = Relay()
         self.peers = tuple(peers)
         """From configuration: offered to every swarm."""
         self.shared: dict[bytes, Shared] = {}

@@ -21,7 +21,9 @@ from modelp2p.daemon.fetch import fetch, plan, resolve, stated, verify, wanted_o
 from modelp2p.daemon.folder import ReleaseFolder
 from modelp2p.daemon.following import Streams
 from modelp2p.daemon.gateway import Gateway
+from modelp2p.daemon.importing import consented, import_folder
 from modelp2p.daemon.jobs import Jobs, job_of
+from modelp2p.daemon.public_http import PublicHttp
 from modelp2p.daemon.requests import FetchRequest, Target, flag, peers, rate, text, texts, timeout_s
 from modelp2p.daemon.sealed import SealedCache, read_sealed, sealed
 from modelp2p.protocol import layout
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from modelp2p.protocol.codec import Map, Value
 
 log = logging.getLogger(__name__)
+
+_ADOPT_ARGUMENTS = frozenset({"file_name", "offline", "publisher"})
+"""What `adopt` takes beside what `fetch` does."""
 
 
 class Service:
@@ -66,6 +71,8 @@ class Service:
             "limits": self._limits,
             "linked": self._linked,
             "ls": self._ls,
+            "pin": self._pin,
+            "pins": self._pins,
             "publish": lambda call: publish_verbs.publish(self._node, call),
             "publish_commit": lambda call: publish_verbs.publish_commit(self._node, call, on_demand=self._on_demand),
             "resolve": self._resolve,
@@ -81,6 +88,7 @@ class Service:
             "trust_add": self._trust_add,
             "trust_list": self._trust_list,
             "trust_remove": self._trust_remove,
+            "unpin": self._unpin,
             "verify": self._verify,
         }
 
@@ -162,9 +170,13 @@ class Service:
         if not call.fds:
             raise UsageError("adopt needs the folder or file as a descriptor")
         target = self._target(call)
-        args = {key: value for key, value in call.args.items() if key != "file_name"}
+        args = {key: value for key, value in call.args.items() if key not in _ADOPT_ARGUMENTS}
+        if publisher := text(call.args, "publisher", ""):
+            target = await consented(self._node, target, check_publisher_id(publisher))
         request = FetchRequest.decode(args, target, self._node.config.fetch.timeout_s)
         source = Source(call.fds[-1], text(call.args, "file_name", ""))
+        if flag(call.args, "offline"):
+            return Answer(await import_folder(self._node, self._own(request), call.emit, source))
         return Answer(await fetch(self._node, self._own(request), call.emit, source))
 
     async def _verify(self, call: Call) -> Answer:
@@ -182,8 +194,26 @@ class Service:
 
     async def _rm(self, call: Call) -> Answer:
         entry = self._entry(call)
+        self._node.pins.check_free(entry)
         await self._jobs.cancel(entry.info_hash)
         return Answer(await remove_release(self._node, entry))
+
+    async def _pin(self, call: Call) -> Answer:
+        entry = self._entry(call)
+        is_new = await self._node.pins.add(entry)
+        return Answer(self._summary(entry) | {"changed": is_new})
+
+    async def _unpin(self, call: Call) -> Answer:
+        entry = self._entry(call)
+        was_pinned = await self._node.pins.remove(entry.info_hash)
+        return Answer(self._summary(entry) | {"changed": was_pinned})
+
+    async def _pins(self, call: Call) -> Answer:
+        rows: list[Value] = []
+        for info_hash in self._node.pins:
+            known = self._node.library.about(info_hash)
+            rows.append(self._summary(known[0]) if known else {"info_hash": info_hash.hex()})
+        return Answer({"pins": rows})
 
     async def _gateway(self, call: Call) -> Answer:
         if not self.endpoint:
@@ -373,6 +403,7 @@ class Service:
             "name_verified": self._node.is_named(entry),
             "sequence": entry.sequence,
             "state": shared.state,
+            "pinned": entry.info_hash in self._node.pins,
             "size": entry.size,
             "proven": shared.proven,
             "error": shared.trouble,

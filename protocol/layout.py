@@ -9,6 +9,7 @@ models/<org>/<model>/<revision>           symlink into store, where the publishe
 models/by-publisher/<id>/<org>/<model>/<revision>   the same, where it is not
 journal/<info-hash>                       0700  what is proven, append-only
 jobs/<sha256 of it>                       0700  a detached fetch that is not done
+pins/<info-hash>                          0700  a content that is not to be removed
 trust/                                    which publisher may use which name, and root chains
 keys/                                     0700
 run/                                      0700  lock, the gateway's token, and the socket where no runtime folder exists
@@ -23,18 +24,19 @@ if TYPE_CHECKING:
     from modelp2p.protocol.names import ModelName, PublisherId
 
 HOME_VERSION = 1
-DATA, STORE, MANIFESTS, MODELS, JOURNAL, JOBS, TRUST, KEYS, RUN = (
+DATA, STORE, MANIFESTS, MODELS, JOURNAL, JOBS, PINS, TRUST, KEYS, RUN = (
     "data",
     "store",
     "manifests",
     "models",
     "journal",
     "jobs",
+    "pins",
     "trust",
     "keys",
     "run",
 )
-PRIVATE = (DATA, JOURNAL, JOBS, KEYS, RUN)
+PRIVATE = (DATA, JOURNAL, JOBS, PINS, KEYS, RUN)
 """Folders only the owner may enter (0700); the others are 0755."""
 BY_PUBLISHER = "by-publisher"
 RECORD = "record"
@@ -71,6 +73,11 @@ def journal_of(info_hash: bytes) -> str:
 def job_of(job_id: bytes) -> str:
     """The file of a detached fetch."""
     return f"{JOBS}/{job_id.hex()}"
+
+
+def pin_of(info_hash: bytes) -> str:
+    """The file that pins a content."""
+    return f"{PINS}/{info_hash.hex()}"
 
 
 def model_of(name: ModelName, revision: str) -> str:

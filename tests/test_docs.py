@@ -206,6 +206,7 @@ def test_the_folders_of_a_home_are_in_the_protocol_page() -> None:
         layout.MODELS,
         layout.JOURNAL,
         layout.JOBS,
+        layout.PINS,
         layout.TRUST,
         layout.KEYS,
         layout.LOCK,

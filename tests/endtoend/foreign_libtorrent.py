@@ -1,21 +1,24 @@
 """A client that is not ours: the distribution's libtorrent, as any program uses it. Run with the system's Python.
 
-    /usr/bin/python3 foreign_libtorrent.py FOLDER PEER MAGNET...
+    /usr/bin/python3 foreign_libtorrent.py FOLDER PEER SOURCE...
 
-Downloads every magnet from PEER, prints its port, then `done` when all are complete, and seeds until its standard input ends.
+Downloads every source, a magnet or a torrent file, from PEER, prints its port, then `done` when all are complete, and seeds until
+its standard input ends. Without a peer all has to be there.
 """
 
 import sys
 import time
 
-import libtorrent as lt
-
 WAIT_S = 40.0
+NO_PEER = "-"
 
 
 def main() -> int:
     """Download, say so, seed."""
-    folder, peer, *magnets = sys.argv[1:]
+    # Not at the top: tests that only need the names above may have another libtorrent, or none.
+    import libtorrent as lt
+
+    folder, peer, *sources = sys.argv[1:]
     host, _, port = peer.rpartition(":")
     session = lt.session(
         {
@@ -29,11 +32,12 @@ def main() -> int:
     )
     print(session.listen_port(), flush=True)
     handles = []
-    for magnet in magnets:
-        params = lt.parse_magnet_uri(magnet)
+    for source in sources:
+        params = lt.parse_magnet_uri(source) if source.startswith("magnet:") else lt.load_torrent_file(source)
         params.save_path = folder
         handle = session.add_torrent(params)
-        handle.connect_peer((host, int(port)))
+        if peer != NO_PEER:
+            handle.connect_peer((host, int(port)))
         handles.append(handle)
     deadline = time.monotonic() + WAIT_S
     while not all(handle.status().is_seeding for handle in handles):
