@@ -31,6 +31,8 @@ from modelp2p.cli.output import OutputClosedError, flush, mute, talk
 if TYPE_CHECKING:
     from types import FrameType
 
+    from click.shell_completion import CompletionItem
+
 # verb: (module, attribute, one line for --help). In the order a newcomer needs them.
 VERBS: dict[str, tuple[str, str, str]] = {
     "fetch": ("modelp2p.cli.fetch", "fetch", "Download a release, verify it and print its path."),
@@ -55,6 +57,9 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "demo": ("modelp2p.cli.demo", "demo", "See the whole job done between two nodes on this machine."),
     "env": ("modelp2p.cli.env", "env", "The address of the gateway, for Hugging Face programs."),
     "config": ("modelp2p.cli.config", "config", "Show and check the configuration."),
+    "doctor": ("modelp2p.cli.doctor", "doctor", "Look for what keeps this node from working."),
+    "completion": ("modelp2p.cli.completion", "completion", "Print the script by which a shell completes commands."),
+    "install": ("modelp2p.cli.install", "install", "Make other programs know this one."),
 }
 # What users of other tools type first.
 _OTHER_WORDS = {
@@ -96,7 +101,18 @@ class LazyGroup(click.Group):
         module, attribute, _ = VERBS[cmd_name]
         command = getattr(import_module(module), attribute)
         assert isinstance(command, click.Command)
+        if ctx.resilient_parsing:
+            from modelp2p.cli.completion import with_values
+
+            with_values(command)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        # The group's own would import every verb to ask it for its line.
+        verbs = [CompletionItem(name, help=line) for name, (_, _, line) in VERBS.items() if name.startswith(incomplete)]
+        return [*verbs, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in VERBS and not args[0].startswith("-") and not ctx.resilient_parsing:

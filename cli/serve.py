@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def daemon(app: App) -> int:
     """Run the daemon in the foreground until Ctrl-C or SIGTERM.
 
-    It says READY on stderr (and to systemd) when it accepts commands.
+    It says READY on stderr (and to systemd) when it accepts commands. SIGHUP makes it read its configuration again.
     """
     return _run(app, None)
 
@@ -73,6 +73,8 @@ def _run(app: App, seed_refs: tuple[str, ...] | None) -> int:
         service_dir=app.environ.get("RUNTIME_DIRECTORY"),
         notify_socket=app.environ.get("NOTIFY_SOCKET"),
         seed_refs=seed_refs,
+        # At SIGHUP: the same files, variables and flags as now.
+        read_config=lambda: effective_config(app).config,
     )
     return run_daemon(app.home, config, given)
 

@@ -34,6 +34,8 @@ from modelp2p.daemon.library import Library
 from modelp2p.daemon.lock import HomeLock, this_daemon
 from modelp2p.daemon.node import Node
 from modelp2p.daemon.notify import Notifier
+from modelp2p.daemon.public_door import PublicDoor
+from modelp2p.daemon.reloading import configured_peers, reload_on_signal
 from modelp2p.daemon.requests import Target
 from modelp2p.daemon.service import Service, entry_of
 from modelp2p.daemon.store import Store
@@ -66,6 +68,8 @@ class Surroundings:
     """Told `READY`, or one line that says why not."""
     seed_refs: tuple[str, ...] | None = None
     """Serve only these; None serves everything complete."""
+    read_config: Callable[[], Config] | None = None
+    """Reads the configuration again, as it was read for the start; None where there is nothing to read."""
 
 
 def run_daemon(home: str, config: Config, surroundings: Surroundings | None = None) -> int:
@@ -139,6 +143,8 @@ async def _serve(node: Node, nursery: trio.Nursery, address: Path, given: Surrou
             service.on_idle = lambda: None if server.clients else stop.set()
             inner.start_soon(_leave_if_alone, server, service, stop)
         await inner.start(_stop_on_signal, stop)
+        if given.read_config is not None:
+            await inner.start(reload_on_signal, node, given.read_config, notifier, ready, stop.set)
         await inner.start(server.serve)
         if given.service_dir and node.config.control.public:
             await _serve_public(node, inner, service, Path(given.service_dir))

@@ -162,6 +162,9 @@ class MemorySwarm:
     async def set_limits(self, info_hash: bytes | None, up: int, down: int) -> None:
         self.limits[info_hash] = (up, down)
 
+    async def set_connections(self, limit: int) -> None:
+        self.connections = limit
+
     async def throttle(self, info_hash: bytes, held: bool) -> None:
         if (torrent := self._torrents.get(info_hash)) is not None:
             torrent.held = held

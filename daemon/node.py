@@ -108,6 +108,8 @@ class Node:
         """From configuration: offered to every swarm."""
         self.shared: dict[bytes, Shared] = {}
         self.listening: wire.Listening | None = None
+        self.dht_nodes = 0
+        """In the engine's routing tables."""
         self.engine_deaths = 0
         self.resolving: dict[bytes, trio.Lock] = {}
         """One lock for each statement being looked for."""
@@ -317,8 +319,11 @@ class Node:
                 self.listening = event
             case wire.ListenFailed(address=address, message=message):
                 log.error("cannot listen on %s: %s", address, message)
+            case wire.SessionStatus(dht_nodes=nodes):
+                self.dht_nodes = nodes
             case wire.EngineDied(reason=reason):
                 self.engine_deaths += 1
+                self.dht_nodes = 0
                 log.error("the engine died: %s; a new one is started", reason)
                 await self._tell_all(event)
             case wire.EngineRestarted():

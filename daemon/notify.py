@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 
 import trio
 
@@ -31,6 +32,11 @@ class Notifier:
                 channel.sendto(text.encode("utf-8"), self._address)
             except OSError as exc:
                 log.warning("the service manager cannot be told: %s", exc)
+
+    def reloading(self) -> None:
+        """Say that the configuration is being read again; `READY=1` ends it."""
+        # The time is how systemd tells this reload from the one before: sd_notify(3), RELOADING=1.
+        self.tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     async def keep_alive(self) -> None:
         """Feed the watchdog until cancelled."""

@@ -15,6 +15,7 @@ from modelp2p.daemon import publish_verbs
 from modelp2p.daemon.adopting import Source
 from modelp2p.daemon.checking import MAX_ONLY, verify_release
 from modelp2p.daemon.cleaning import collect_garbage, remove_release
+from modelp2p.daemon.client import build
 from modelp2p.daemon.config import config_to_toml
 from modelp2p.daemon.control import Answer, Call
 from modelp2p.daemon.fetch import fetch, plan, resolve, stated, verify, wanted_of
@@ -292,7 +293,10 @@ class Service:
             {
                 "node": {
                     "pid": os.getpid(),
+                    "build": build(),
                     "listen_port": engine.listen_port,
+                    "listen_addresses": list(node.listening.addresses) if node.listening else [],
+                    "dht_nodes": node.dht_nodes,
                     "profile": node.config.network.profile,
                     "publisher_ids": publishers,
                     "uptime_s": int(trio.current_time() - self._started),
@@ -418,8 +422,12 @@ class Service:
             "rate_down": status.rate_down if status else 0,
             "rate_up": status.rate_up if status else 0,
             "peers": status.peers if status else 0,
+            "peers_known": status.known if status else 0,
+            "seeds": status.seeds if status else 0,
+            "fullest_peer": max((peer.has for peer in status.peer_list), default=0) if status else 0,
             "uploaded": traffic.up,
             "downloaded": traffic.down,
+            "origin": transfer.web.reason if transfer else "",
         }
 
     def _path(self, entry: Entry) -> str:

@@ -48,6 +48,7 @@ from modelp2p.protocol.engine_wire import (
     Peer,
     PeerUnresolved,
     Remove,
+    SetConnections,
     SetLimits,
     SetPiecePriorities,
     SetWanted,
@@ -164,6 +165,12 @@ class EngineSwarm:
             if not self._wanted.is_set():
                 return
         await self._send(SetLimits(info_hash, up, down))
+
+    async def set_connections(self, limit: int) -> None:
+        # The next engine starts with it.
+        self._settings = replace(self._settings, connections=limit)
+        if self._wanted.is_set():
+            await self._send(SetConnections(limit))
 
     async def throttle(self, info_hash: bytes, held: bool) -> None:
         await self._send(Throttle(info_hash, held))

@@ -82,6 +82,9 @@ class Swarm(Protocol):
     async def set_limits(self, info_hash: bytes | None, up: int, down: int) -> None:
         """Rates in bytes per second, 0 for none, of a torrent or (None) of the node; local peers count like others."""
 
+    async def set_connections(self, limit: int) -> None:
+        """Most peer connections at once, over all torrents; where there are more, some are closed."""
+
     async def throttle(self, info_hash: bytes, held: bool) -> None:
         """Hold a torrent's download nearly still, or let it go on; its upload is left alone."""
 

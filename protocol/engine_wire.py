@@ -189,6 +189,13 @@ class Throttle(_Checked):
 
 
 @dataclass(frozen=True, slots=True)
+class SetConnections:
+    """Most peer connections at once, over all torrents; those beyond it are closed."""
+
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
 class Flush(_Checked):
     """Write what is still in the engine's cache; `Flushed` follows."""
 
@@ -313,9 +320,17 @@ class TorrentStatus(_Checked):
     seeds: int
     payload_down: int
     payload_up: int
-    web_down: int
     wasted: int
     peer_list: tuple[PeerStatus, ...] = ()
+    known: int = 0
+    """Peers that were heard of, connected or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStatus:
+    """How the engine stands in the network, said when it changes: nodes in its routing tables of the DHT, 0 where that is off."""
+
+    dht_nodes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,6 +377,7 @@ Event: TypeAlias = (
     | Flushed
     | TransferFinished
     | TorrentStatus
+    | SessionStatus
     | Removed
     | Dropped
     | EngineDied

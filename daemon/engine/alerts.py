@@ -129,6 +129,8 @@ def copy_alert(alert: lt.alert) -> Copied | None:
             return SocketOpened(alert.address, alert.port, str(alert.socket_type) == "tcp")
         case lt.listen_failed_alert():
             return ListenFailed(join_address(alert.address, alert.port), _message(alert.error), alert.error.value())
+        case lt.session_stats_alert():
+            return SessionStatus(alert.values["dht.dht_nodes"])
         case lt.alerts_dropped_alert():
             return Dropped()
         case _:
@@ -158,8 +160,8 @@ def status_of(status: lt.torrent_status) -> TorrentStatus:
         seeds=status.num_seeds,
         payload_down=status.total_payload_download,
         payload_up=status.total_payload_upload,
-        web_down=0,
         wasted=status.total_redundant_bytes + status.total_failed_bytes,
+        known=status.list_peers,
     )
 
 

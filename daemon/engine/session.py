@@ -52,6 +52,8 @@ from modelp2p.protocol.engine_wire import (
     PiecesFinished,
     Remove,
     Removed,
+    SessionStatus,
+    SetConnections,
     SetLimits,
     SetPiecePriorities,
     SetWanted,
@@ -102,6 +104,8 @@ class Session:
     def __init__(self, settings: EngineSettings) -> None:
         self._pex = uses_pex(settings)
         self._torrents: dict[bytes, _Torrent] = {}
+        self._status = SessionStatus(0)
+        self._ticks = 0
         self._wake, self._woken_by = socket.socketpair()
         for end in (self._wake, self._woken_by):
             # A full blocking socket would stop libtorrent's network thread.
@@ -187,6 +191,10 @@ class Session:
                         yield copied
                 case Flushed():
                     yield from self._flushed(copied)
+                case SessionStatus():
+                    if copied != self._status:
+                        self._status = copied
+                        yield copied
                 case Dropped():
                     yield copied
                     yield from self._resync()

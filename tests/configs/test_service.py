@@ -27,6 +27,7 @@ def sections() -> configparser.ConfigParser:
 REQUIRED = {
     "Type": "notify",
     "NotifyAccess": "main",
+    "ExecReload": "/bin/kill -HUP $MAINPID",
     "User": "modelp2p",
     "StateDirectory": "modelp2p",
     "RuntimeDirectory": "modelp2p",

@@ -249,5 +249,6 @@ async def test_closing_ends_the_run_and_the_events(world: World, tmp_path: Path)
 async def test_a_swarm_that_is_never_used_never_starts(world: World, tmp_path: Path) -> None:
     async with running(world.make(tmp_path), tmp_path) as node:
         await node.swarm.set_limits(None, 1000, 1000)
+        await node.swarm.set_connections(10)
     assert node.swarm.statistics().listen_port == 0
     assert not node.said
