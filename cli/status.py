@@ -77,6 +77,8 @@ def _lines(result: Row, *, quiet: bool) -> list[str]:
     facts.append(f"engine confined (Landlock {level})" if (level := node.number("landlock")) else "engine not confined")
     if node.flag("on_demand"):
         facts.append("on demand")
+    if addresses := node.texts("public_http"):
+        facts.append(f"everybody at {' '.join(addresses)}")
     lines = [printable(", ".join(facts))]
     if not releases:
         return [*lines, "no releases"]

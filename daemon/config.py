@@ -22,9 +22,12 @@ from modelp2p.daemon.settings import (
     account,
     address,
     boolean,
+    bound,
     choice,
     count,
+    host_name,
     http_origin,
+    ip,
     listed,
     optional,
     rate,
@@ -40,6 +43,8 @@ Origin = Literal["default", "file", "flag"]
 
 DEFAULT_PORT = 16881
 DEFAULT_HTTP_PORT = 16880
+# Below the ports that gateways move to: this one is written into the configuration of a proxy, and never moves.
+DEFAULT_PUBLIC_HTTP_PORT = 16780
 # Both families; the only addresses whose port may move when it is busy.
 DEFAULT_LISTEN = (f"0.0.0.0:{DEFAULT_PORT}", f"[::]:{DEFAULT_PORT}")
 
@@ -69,6 +74,11 @@ class _Section:
     """Reads every value when built, so that `Network(max_up="200M")` and `max_up = "200M"` in a file mean the same."""
 
     __slots__ = ()
+
+    @classmethod
+    def section(cls) -> str:
+        """The section's name in a file: `PublicHttp` is `[public_http]`."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The bytes of releases for the gateway: finished files at once, files of a fetch under way as their pieces are proven.
+"""The bytes of releases for those who ask by HTTP: finished files at once, files of a fetch under way as their pieces are proven.
 
 Invariants:
 - a finished file is one that the record lists and whose stat is still the recorded one; a borrowed one is looked at again before

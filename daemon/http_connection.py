@@ -2,7 +2,7 @@
 
 Invariants:
 - whoever answers sees the few headers in `_KEPT` and no others: there is no credential in this process to log, keep or pass on;
-- a request is read whole, within `MAX_HEAD_BYTES` and `MAX_BODY_BYTES`, before anybody sees it;
+- a request is read whole, within `MAX_HEAD_BYTES` and at most `MAX_BODY_BYTES` of body, before anybody sees it;
 - a client that hangs up cancels what is being done for it; one that does not read for `SEND_S` loses its connection;
 - a body is closed exactly once, whatever becomes of it.
 
@@ -50,7 +50,7 @@ class Request:
     headers: Mapping[str, str]
     """The headers of `_KEPT`, in lower case; of one that came twice, the first."""
     body: bytes | None
-    """None where it is larger than `MAX_BODY_BYTES`; the rest was not read, and the connection ends with the answer."""
+    """None where it is larger than the server takes; the rest was not read, and the connection ends with the answer."""
 
 
 class Sink(Protocol):
@@ -59,9 +59,12 @@ class Sink(Protocol):
     async def send_file(self, fd: int, begin: int, end: int) -> None:
         """Send these bytes of a file. Raises EOFError where it is shorter. Cancellation: the connection is lost."""
 
+    async def send_data(self, data: bytes) -> None:
+        """Send bytes from elsewhere; returns when the socket took them. Cancellation: the connection is lost."""
+
 
 class Body(Protocol):
-    """The bytes of an answer that come from a file."""
+    """The bytes of an answer that come from a file, or from somebody who still delivers them."""
 
     async def send(self, sink: Sink) -> None:
         """Send what `Content-Length` announced, or less: then the connection is closed, and clients ask for the rest."""
@@ -85,9 +88,12 @@ Handler = Callable[[Request], Awaitable[Response]]
 class Connection:
     """One connection; the sink of its bodies."""
 
-    def __init__(self, connection: trio.socket.SocketType, senders: trio.CapacityLimiter) -> None:
+    def __init__(
+        self, connection: trio.socket.SocketType, senders: trio.CapacityLimiter, max_body_bytes: int = MAX_BODY_BYTES
+    ) -> None:
         self._socket = connection
         self._senders = senders
+        self._max_body_bytes = max_body_bytes
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._is_head = False
         self.file_bytes = 0
@@ -116,7 +122,7 @@ class Connection:
                     head, self._is_head = event, event.method == b"HEAD"
                 case h11.Data(data=data):
                     body += data
-                    if len(body) > MAX_BODY_BYTES:
+                    if len(body) > self._max_body_bytes:
                         assert head is not None
                         return _request_of(head, None)
                 case h11.EndOfMessage():
@@ -146,6 +152,9 @@ class Connection:
             begin += sent
             if begin < end:
                 await self._wait_writable()
+
+    async def send_data(self, data: bytes) -> None:
+        await self._send_event(h11.Data(data=data))
 
     async def linger(self) -> None:
         """Say that nothing follows, and give the client a moment to read what was said.

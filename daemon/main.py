@@ -150,6 +150,8 @@ async def _serve(node: Node, nursery: trio.Nursery, address: Path, given: Surrou
             await _serve_public(node, inner, service, Path(given.service_dir))
         if node.config.gateway.enabled and not given.on_demand:
             await _serve_gateway(node, inner, service)
+        if node.config.public_http.enabled and not given.on_demand:
+            await _serve_public_http(node, inner, service)
         port = 0
         if not given.on_demand:
             port = (await node.swarm.wait_listening()).port
@@ -184,6 +186,14 @@ async def _serve_gateway(node: Node, nursery: trio.Nursery, service: Service) ->
     port = await nursery.start(HttpServer(gateway.handle, node.config.gateway.port).serve)
     service.endpoint = gateway.endpoint(port)
     log.info("the gateway listens on 127.0.0.1:%d; 'modelp2p env' prints its address", port)
+
+
+async def _serve_public_http(node: Node, nursery: trio.Nursery, service: Service) -> None:
+    """Open the web seed for everybody. Not for a daemon that leaves with its last command."""
+    door = PublicDoor(node.config.public_http)
+    await nursery.start(HttpServer(service.public_http.handle, door=door).serve)
+    service.public_addresses = door.addresses
+    log.info("everybody is served at %s", ", ".join(door.addresses))
 
 
 async def _seed_all(node: Node, refs: tuple[str, ...] | None) -> None:

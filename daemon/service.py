@@ -61,6 +61,9 @@ class Service:
         self._streams = Streams(node, nursery, self._sealed)
         self.endpoint = ""
         """Of the gateway; empty where this daemon has none."""
+        self.public_http = PublicHttp(node)
+        self.public_addresses: tuple[str, ...] = ()
+        """Where `public_http` is served; empty where it is not."""
         self.on_idle: Callable[[], None] = lambda: None
         """Called when the last job without a client has ended."""
         self._verbs: dict[str, Callable[[Call], Awaitable[Answer]]] = {
@@ -105,6 +108,7 @@ class Service:
     def close(self) -> None:
         """No call comes any more."""
         self._sealed.close()
+        self.public_http.close()
 
     def take_up_jobs(self) -> None:
         """Go on with the detached fetches that an earlier daemon accepted."""
@@ -307,6 +311,7 @@ class Service:
                     "on_demand": self._on_demand,
                     "bytes_hashed": node.pool.statistics().bytes_read,
                     "damaged_statements": node.library.damaged,
+                    "public_http": list(self.public_addresses),
                 },
                 "releases": releases,
             }

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import field
-from ipaddress import AddressValueError, IPv6Address
+from ipaddress import AddressValueError, IPv6Address, ip_address
 from typing import NamedTuple, TypeVar
 
 from modelp2p.protocol.errors import UsageError
@@ -123,6 +123,42 @@ def address(*, zero_port: bool = False) -> Reader[str]:
         return f"[{found.host}]:{found.port}" if ":" in found.host else f"{found.host}:{found.port}"
 
     return read
+
+
+def ip(value: object, key: str) -> str:
+    """An IPv4 or IPv6 address, without brackets."""
+    try:
+        return str(ip_address(value if isinstance(value, str) else ""))
+    except ValueError as exc:
+        raise _wrong(key, "an IP address", value) from exc
+
+
+def bound(value: object, key: str) -> str:
+    """`IP:port` or `[IPv6]:port` to listen on; port 0 picks a free one."""
+    read = address(zero_port=True)(value, key)
+    ip(split_address(read, key).host, key)
+    return read
+
+
+def host_name(value: object, key: str) -> str:
+    """A host name, without a port; in lower case."""
+    if not isinstance(value, str) or not _HOST.fullmatch(value):
+        raise _wrong(key, "a host name without a port", value)
+    return value.lower()
+
+
+def web_host(value: object, key: str) -> str:
+    """`host`, `host:port` or `[IPv6]:port`, as it stands in a URL; in lower case."""
+    given = value if isinstance(value, str) else ""
+    has_port = ":" in given and not given.endswith("]")
+    try:
+        host, port = split_address(given if has_port else f"{given}:1", key)
+    except UsageError as exc:
+        raise _wrong(key, "host or host:port", value) from exc
+    if not port:
+        raise _wrong(key, "host or host:port, with a port from 1", value)
+    shown = (f"[{host}]" if ":" in host else host).lower()
+    return f"{shown}:{port}" if has_port else shown
 
 
 def http_origin(value: object, key: str) -> str:
