@@ -95,7 +95,7 @@ def home_check(home: str, exists: bool, unwritable: Sequence[str], owner: str, a
         return problem("home", f"{home} is {owner}'s, and no daemon of theirs answers", fix)
     if unwritable:
         what = f"{home} cannot be made" if not exists else f"{unwritable[0]} cannot be written"
-        return problem("home", what, f"sudo chown -R $(id -u) {shlex.quote(unwritable[0])}")
+        return problem("home", what, _own(unwritable[0]) if exists else _make(home))
     return ok("home", f"{home}{'' if exists else ' (not made yet)'} can be written")
 
 
@@ -212,10 +212,11 @@ def public_socket_check(is_wanted: bool, is_possible: bool) -> Check:
     return ok("public socket", "on")
 
 
-def cache_check(cache: str, is_writable: bool, is_beside: bool, store_is_ours: bool) -> Check:
+def cache_check(cache: str, exists: bool, is_writable: bool, is_beside: bool, store_is_ours: bool) -> Check:
     """Releases get into the Hugging Face cache, without a second copy."""
     if not is_writable:
-        return problem("hf cache", f"{cache} cannot be written", f"sudo chown -R $(id -u) {shlex.quote(cache)}")
+        what = f"{cache} cannot be {'written' if exists else 'made'}"
+        return problem("hf cache", what, _own(cache) if exists else _make(cache))
     if not store_is_ours:
         return ok("hf cache", f"{cache}: blobs are symlinks into a store that is not yours")
     if not is_beside:
@@ -269,3 +270,12 @@ def statements_check(damaged: int) -> Check:
 def count_text(number: int, one: str, many: str = "") -> str:
     """`1 seed`, `2 seeds`, `0 fetches`."""
     return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
+def _own(folder: str) -> str:
+    return f"sudo chown -R $(id -u) {shlex.quote(folder)}"
+
+
+def _make(folder: str) -> str:
+    # What lies above it is not this user's to take, least of all with all that it holds.
+    return f"sudo install -d -o $(id -u) {shlex.quote(folder)}"

@@ -60,9 +60,7 @@ def doctor(app: App, ref: str | None) -> int:
     """
     checks = examine(app, typed_ref(ref) if ref is not None else None)
     if app.home_flag:
-        # A command that mends this home has to name it, too.
-        named = f"modelp2p --home {shlex.quote(app.home)} "
-        checks = [replace(check, fix=check.fix.replace("modelp2p ", named, 1)) for check in checks]
+        checks = [replace(check, fix=_in_home(app.home, check.fix)) for check in checks]
     if app.as_json:
         emit_json({"checks": [{"name": c.name, "verdict": c.verdict, "fact": c.fact, "fix": c.fix} for c in checks]})
     else:
@@ -169,7 +167,8 @@ def _engine(node: Row | None) -> Check:
 def _cache(cache: str, home: str) -> Check:
     above_cache, above_home = probes.existing(cache), probes.existing(home)
     is_ours = not probes.other_owner(above_home)
-    return diagnosis.cache_check(cache, not probes.unwritable(cache), probes.is_beside(above_cache, above_home), is_ours)
+    is_beside = probes.is_beside(above_cache, above_home)
+    return diagnosis.cache_check(cache, os.path.isdir(cache), not probes.unwritable(cache), is_beside, is_ours)
 
 
 def _ports(node: Row, told: Told) -> Check:
@@ -233,6 +232,12 @@ def _outcome(name: str, patient: _Patient[Check], end: float) -> Check:
         return unchecked(name, exc.message)
     except OSError as exc:
         return unchecked(name, f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc))
+
+
+def _in_home(home: str, fix: str) -> str:
+    """A command of ours that mends this home has to name it, too; one that is not ours, or for another home, stays."""
+    ours = "modelp2p "
+    return f"{ours}--home {shlex.quote(home)} {fix.removeprefix(ours)}" if fix.startswith(ours) else fix
 
 
 def _print(checks: Sequence[Check]) -> None:

@@ -133,6 +133,9 @@ class Export:
         try:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # One that ended meanwhile took the name of its lock along, and the next one locks another file.
+                if not os.fstat(self._lock).st_nlink:
+                    raise BlockingIOError
             except BlockingIOError as exc:
                 raise StoreError(f"another export writes to '{path}' right now", hint="Wait until it has ended.") from exc
             except OSError as exc:

@@ -7,6 +7,7 @@ files were meant to be there, and the torrent is not read.
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ import click
 
 from modelp2p.cli.app import App, pass_app
 from modelp2p.cli.connection import daemon
-from modelp2p.cli.hfcache import cache_folder, put_into_cache
+from modelp2p.cli.hfcache import cache_folder, put_into_cache, trust_command
 from modelp2p.cli.options import client_options
 from modelp2p.cli.output import emit_block, emit_json, out
 from modelp2p.cli.progress import progress_of
@@ -35,6 +36,7 @@ from modelp2p.protocol.errors import (
     UsageError,
 )
 from modelp2p.protocol.job import MAX_PATTERNS
+from modelp2p.protocol.names import check_publisher_id
 from modelp2p.protocol.text import some_of
 
 if TYPE_CHECKING:
@@ -86,12 +88,20 @@ def import_release(
     PATH is the folder given to export, one inside it, or the bundle. No peer is asked: a file that is missing or bad is named,
     exit 11. Nothing at PATH is changed.
     """
+    if publisher is not None:
+        _check_id(publisher)
     found = find_export(path)
     started = time.monotonic()
     with ExitStack() as stack:
         bundle = open_user_path(found.bundle, "bundle")
         stack.callback(os.close, bundle)
+        if not stat.S_ISREG(os.fstat(bundle).st_mode):
+            raise NotFoundError(f"'{found.bundle}' is not a file", hint="The bundle lies beside the folder of the files.")
         # A link would lead the daemon to look for the bytes wherever whoever wrote the folder wants.
+        if os.path.islink(found.folder):
+            raise StoreError(
+                f"'{found.folder}' is a symlink, which is not followed", hint="Put the bundle beside the real folder."
+            )
         folder = open_user_path(found.folder, "folder", os.O_DIRECTORY | os.O_NOFOLLOW)
         stack.callback(os.close, folder)
         release = _release_in(bundle)
@@ -118,6 +128,13 @@ def import_release(
                 result.source["hf_cache"] = put_into_cache(app, client, result, cache, found.bundle, moves_main=False)
     milliseconds = result.source.pop("milliseconds", None)
     _show(app, result, milliseconds / 1000 if isinstance(milliseconds, int) else time.monotonic() - started)
+
+
+def _check_id(publisher: str) -> None:
+    try:
+        check_publisher_id(publisher)
+    except FormatError as exc:
+        raise UsageError(exc.message, hint=exc.hint) from exc
 
 
 def find_export(path: str) -> Found:
@@ -175,7 +192,7 @@ def _release_in(bundle: int) -> Release:
 def _as_exported(manifest: Manifest, sums: str) -> Map:
     """The selection that was exported, as globs: nothing where it was everything, or where no list says."""
     try:
-        fd = open_user_path(sums, "list of sums")
+        fd = _open_sums(sums)
     except NotFoundError:
         return {}
     with os.fdopen(fd, "rb") as file:
@@ -188,6 +205,16 @@ def _as_exported(manifest: Manifest, sums: str) -> Map:
     if not listed or listed.items() - signed.items():
         raise StoreError(f"'{sums}' is the list of another release", hint=_WITHOUT_SUMS)
     return _globs_of(listed, signed)
+
+
+def _open_sums(path: str) -> int:
+    # A link would have a line of any file of this user's shown as a bad one.
+    if not os.path.islink(path):
+        fd = open_user_path(path, "list of sums", os.O_NOFOLLOW)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+    raise StoreError(f"'{path}' is not a file", hint=_WITHOUT_SUMS)
 
 
 def _globs_of(listed: Mapping[str, bytes], signed: Mapping[str, bytes]) -> Map:
@@ -205,7 +232,7 @@ def _globs_of(listed: Mapping[str, bytes], signed: Mapping[str, bytes]) -> Map:
 
 def _consent(bundle: str, release: Release) -> str:
     return (
-        f"If you trust them: modelp2p trust add '{bundle}' --name {release.manifest.name}; "
+        f"If you trust them: {trust_command(bundle, str(release.manifest.name))}; "
         f"or for this import alone: --publisher {release.publisher_id}"
     )
 

@@ -106,13 +106,15 @@ def last_change(home: str) -> int:
 def lock_holder(home: str) -> int:
     """Pid of the process of this machine that holds the lock of a home; 0 where none does."""
     try:
-        inode = os.stat(os.path.join(home, LOCK)).st_ino
+        lock = os.stat(os.path.join(home, LOCK))
         with open("/proc/locks", encoding="ascii") as file:
             # 1: FLOCK  ADVISORY  WRITE 1234 08:01:5678 0 EOF; one that waits has "->" behind the number.
             rows = [line.split() for line in file]
     except OSError:
         return 0
-    return next((int(row[4]) for row in rows if row[1] == "FLOCK" and row[5].rpartition(":")[2] == str(inode)), 0)
+    # Files of other file systems have the same number, and the kernel does not always call the device what `stat` calls it.
+    likely = (int(row[4]) for row in rows if row[1] == "FLOCK" and row[5].rpartition(":")[2] == str(lock.st_ino))
+    return next((pid for pid in likely if _has_open(pid, lock)), 0)
 
 
 def tcp_refusal(address: str) -> str:
@@ -209,6 +211,16 @@ def read_sample(path: str) -> Sample:
             if count < _STEP_BYTES:
                 break
         return Sample(done, time.perf_counter() - start, is_direct)
+
+
+def _has_open(pid: int, file: os.stat_result) -> bool:
+    folder = f"/proc/{pid}/fd"
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        for name in os.listdir(folder):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(os.path.join(folder, name)), file):
+                    return True
+    return False
 
 
 def _may_write(folder: str) -> bool:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 SLOW_DISK_BYTES_PER_S = 50_000_000
 """Half of what one hard disk reads in order: whatever reads slower is busy, broken or far away."""
+SEEKING_S = 0.1
+"""A few seeks of a hard disk: what is read in less says nothing about its rate."""
 
 
 def release_check(live: Row) -> Check:
@@ -68,6 +70,8 @@ def disk_check(path: str, read_bytes: int, seconds: float, is_direct: bool) -> C
     """A file of the release is read at a usable rate."""
     rate = read_bytes / max(seconds, 1e-9)
     fact = f"{rate_text(rate)} reading {size_text(read_bytes)} of {path}{'' if is_direct else ', perhaps from memory'}"
+    if rate < SLOW_DISK_BYTES_PER_S and seconds < SEEKING_S:
+        return ok("disk", f"{fact}: too little to tell")
     if rate < SLOW_DISK_BYTES_PER_S:
         return warning("disk", fact, "iostat -x 1 3")
     return ok("disk", fact)

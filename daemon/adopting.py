@@ -6,20 +6,23 @@ piece against the signed layers; what does not match is simply missing and is fe
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
 
-from modelp2p.daemon.beneath import open_beneath
+from modelp2p.daemon.beneath import open_beneath, parent_beneath
 from modelp2p.daemon.comparing import compare_pieces
 from modelp2p.daemon.diskerror import on_disk
-from modelp2p.daemon.files import check_staging, write_all
+from modelp2p.daemon.files import check_staging, create_staging, fsync_dir, temporary_name, write_all
 from modelp2p.daemon.linking import OWN_INODE_WAYS, place_copy
-from modelp2p.protocol.errors import NotFoundError, UsageError
+from modelp2p.protocol.errors import NotFoundError, StoreError, UsageError
 from modelp2p.protocol.ranges import Ranges
+from modelp2p.protocol.text import printable
 
 if TYPE_CHECKING:
     from modelp2p.daemon.folder import ReleaseFolder
@@ -27,7 +30,14 @@ if TYPE_CHECKING:
     from modelp2p.daemon.requests import Emit
     from modelp2p.protocol.manifest import FileEntry
 
+log = logging.getLogger(__name__)
+
 MAX_CANDIDATES = 100_000
+MAX_DEPTH = 64
+"""Folders below the source: four times what a release has, for what other programs put around it."""
+_UNFINISHED = (".incomplete", ".part", ".aria2", ".tmp", ".!qB")
+"""How other programs' names of interrupted downloads end."""
+_STEP_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +49,40 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
+class Candidate:
+    """A file below the source."""
+
     path: str
     size: int
+
+    @property
+    def name(self) -> str:
+        """The last component of its path."""
+        return self.path.rsplit("/", 1)[-1]
+
+
+class Candidates:
+    """The files of a folder by what tells whose bytes they may be: each file of a release is looked up, not searched for."""
+
+    def __init__(self, found: Iterable[Candidate]) -> None:
+        self._by_path = {candidate.path: candidate for candidate in found}
+        self._by_name: dict[str, list[Candidate]] = {}
+        self._by_size: dict[int, Candidate] = {}
+        for candidate in self._by_path.values():
+            self._by_name.setdefault(candidate.name, []).append(candidate)
+            self._by_size.setdefault(candidate.size, candidate)
+        self._unfinished = [candidate for candidate in self._by_path.values() if candidate.name.endswith(_UNFINISHED)]
+
+    def likeliest(self, entry: FileEntry) -> Candidate | None:
+        """The same path, then a known name (also of an interrupted download), then the same size."""
+        if entry.path in self._by_path:
+            return self._by_path[entry.path]
+        known = _names_of(entry)
+        named = [candidate for name in known for candidate in self._by_name.get(name, ())]
+        named = named or [candidate for candidate in self._unfinished if candidate.name.startswith(known)]
+        if named:
+            return min(named, key=lambda candidate: abs(candidate.size - entry.size))
+        return self._by_size.get(entry.size)
 
 
 async def adopt_files(pool: HashPool, folder: ReleaseFolder, wanted: tuple[str, ...], source: Source, emit: Emit) -> int:
@@ -52,16 +93,18 @@ async def adopt_files(pool: HashPool, folder: ReleaseFolder, wanted: tuple[str, 
         NoSpaceError, StoreError: it cannot be taken in.
     Cancellation: pieces journaled so far stay proven.
     """
-    is_folder = stat.S_ISDIR(os.fstat(source.fd).st_mode)
-    found = await trio.to_thread.run_sync(_list, source.fd) if is_folder else []
+    found = Candidates(await trio.to_thread.run_sync(_list, source.fd)) if stat.S_ISDIR(os.fstat(source.fd).st_mode) else None
     good = done = 0
     missing = [path for path in wanted if path not in folder.state.files]
     total = sum(folder.release.manifest.file(path).size for path in missing)
     for path in missing:
         entry = folder.release.manifest.file(path)
-        candidate = _pick(entry, found) if is_folder else _Candidate("", os.fstat(source.fd).st_size)
-        if candidate is not None and entry.size and (is_folder or _may_be(entry, source.name, len(missing))):
-            fd = open_beneath(source.fd, candidate.path, os.O_RDONLY) if is_folder else os.dup(source.fd)
+        fd = None
+        if entry.size and found is not None:
+            fd = await trio.to_thread.run_sync(_open_likeliest, source, found, entry)
+        elif entry.size and _may_be(entry, source.name, len(missing)):
+            fd = os.dup(source.fd)
+        if fd is not None:
             try:
                 if stat.S_ISREG(os.fstat(fd).st_mode):
                     await trio.to_thread.run_sync(take_in, folder, path, fd)
@@ -128,6 +171,9 @@ def take_in(folder: ReleaseFolder, path: str, fd: int) -> None:
         if folder.proven_bytes((path,)):
             _fill(folder, path, data, fd)
             return
+        if os.fstat(fd).st_size > folder.release.pieces.size(path):
+            _place_beginning(fd, data, path, folder.release.pieces.size(path))
+            return
         place_copy(fd, data, path, OWN_INODE_WAYS, replace=True)
         copy = open_beneath(data, path, os.O_RDWR)
         try:
@@ -137,6 +183,29 @@ def take_in(folder: ReleaseFolder, path: str, fd: int) -> None:
             os.close(copy)
     finally:
         os.close(data)
+
+
+def _place_beginning(fd: int, data: int, path: str, size: int) -> None:
+    """Copy that many bytes of `fd`: what lies behind them is not wanted, and of a sparse file may be terabytes."""
+    with parent_beneath(data, path, make=0o700) as (parent, name):
+        temporary = temporary_name(name)
+        # The room was checked before anything was taken in.
+        copy = create_staging(parent, temporary, size, keep_free_bytes=0)
+        try:
+            with on_disk(f"cannot place '{path}'"):
+                try:
+                    at = 0
+                    while at < size and (step := os.pread(fd, min(_STEP_BYTES, size - at), at)):
+                        write_all(copy, step)
+                        at += len(step)
+                    os.fsync(copy)
+                    os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+                except BaseException:
+                    os.unlink(temporary, dir_fd=parent)
+                    raise
+        finally:
+            os.close(copy)
+        fsync_dir(parent)
 
 
 def _fill(folder: ReleaseFolder, path: str, data: int, fd: int) -> None:
@@ -162,45 +231,42 @@ def _fill(folder: ReleaseFolder, path: str, data: int, fd: int) -> None:
         os.close(staged)
 
 
-def _list(fd: int) -> list[_Candidate]:
+def _list(fd: int) -> list[Candidate]:
     candidates = []
-    for folder, _, names, dirfd in os.fwalk(".", dir_fd=fd, follow_symlinks=False):
+    for folder, below, names, dirfd in os.fwalk(".", dir_fd=fd, follow_symlinks=False):
+        if folder.count("/") == MAX_DEPTH:
+            below.clear()
         prefix = folder[2:] + "/" if folder != "." else ""
         for name in names:
-            found = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+            try:
+                found = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+            except OSError as exc:
+                # Gone meanwhile, or on a bad spot of the disk: what cannot be looked at cannot be taken in.
+                log.warning("%s is not taken in: %s", printable(prefix + name), exc.strerror)
+                continue
             if stat.S_ISREG(found.st_mode):
-                candidates.append(_Candidate(prefix + name, found.st_size))
+                candidates.append(Candidate(prefix + name, found.st_size))
         if len(candidates) > MAX_CANDIDATES:
             raise UsageError(f"the folder holds more than {MAX_CANDIDATES} files", hint="Give the folder of this model only.")
     return candidates
+
+
+def _open_likeliest(source: Source, found: Candidates, entry: FileEntry) -> int | None:
+    candidate = found.likeliest(entry)
+    if candidate is None:
+        return None
+    try:
+        return open_beneath(source.fd, candidate.path, os.O_RDONLY)
+    except (NotFoundError, StoreError) as exc:
+        # Another user's, or replaced since it was listed: as good as not there, and its bytes may be elsewhere.
+        log.warning("%s is not taken in: %s", entry.path, printable(exc.message))
+        return None
 
 
 def _names_of(entry: FileEntry) -> tuple[str, ...]:
     """Names under which tools keep this file: its own, and its blob's in a Hugging Face cache."""
     git = (entry.git_sha1.hex(),) if entry.git_sha1 else ()
     return (entry.path.rsplit("/", 1)[-1], entry.sha256.hex(), *git)
-
-
-def _pick(entry: FileEntry, found: list[_Candidate]) -> _Candidate | None:
-    """The likeliest candidate: the same path, then a known name (also of an interrupted download), then the same size."""
-
-    def rank(candidate: _Candidate) -> tuple[int, int]:
-        name = candidate.path.rsplit("/", 1)[-1]
-        known = _names_of(entry)
-        if candidate.path == entry.path:
-            order = 0
-        elif name in known:
-            order = 1
-        elif any(name.startswith(k) and name.endswith((".incomplete", ".part", ".aria2", ".tmp", ".!qB")) for k in known):
-            order = 2
-        elif candidate.size == entry.size:
-            order = 3
-        else:
-            order = 9
-        return order, abs(candidate.size - entry.size)
-
-    best = min(found, key=rank, default=None)
-    return best if best is not None and rank(best)[0] < 9 else None
 
 
 def _may_be(entry: FileEntry, name: str, missing: int) -> bool:

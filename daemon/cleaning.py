@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import trio
@@ -77,7 +78,7 @@ def _collect(node: Node, dry_run: bool) -> tuple[list[str], int]:
     orphans = [f"{layout.DATA}/{name}" for name in store.names(layout.DATA) if _is_orphan(name, known | in_use)]
     orphans += [f"{layout.STORE}/{name}" for name in store.names(layout.STORE) if name not in known | in_use]
     orphans += [f"{layout.JOURNAL}/{name}" for name in store.names(layout.JOURNAL) if name not in known | in_use]
-    freed = sum(_bytes_of(node, path) for path in orphans if not path.startswith(layout.STORE))
+    freed = _bytes_of(node, orphans)
     unused = [
         entry for entry in node.library.entries()
         if not store.path(layout.journal_of(entry.info_hash)).exists()
@@ -97,13 +98,15 @@ def _is_orphan(name: str, known: set[str]) -> bool:
     return name not in known and not name.startswith((STAGING_PREFIX, f".{STAGING_PREFIX}"))
 
 
-def _bytes_of(node: Node, path: str) -> int:
-    total = 0
-    for folder, _, names in os.walk(node.store.path(path)):
-        for name in names:
-            try:
-                stat = os.lstat(os.path.join(folder, name))
-            except OSError:
-                continue
-            total += stat.st_blocks * 512 if stat.st_nlink == 1 else 0
-    return total
+def _bytes_of(node: Node, paths: list[str]) -> int:
+    """What removing these frees: the files that have no other name. One that is finished has two here, by itself."""
+    names: Counter[tuple[int, int, int, int]] = Counter()
+    for path in paths:
+        for folder, _, files in os.walk(node.store.path(path)):
+            for name in files:
+                try:
+                    stat = os.lstat(os.path.join(folder, name))
+                except OSError:
+                    continue
+                names[stat.st_dev, stat.st_ino, stat.st_nlink, stat.st_blocks] += 1
+    return sum(blocks * 512 for (_, _, links, blocks), found in names.items() if found == links)

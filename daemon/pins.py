@@ -4,7 +4,7 @@ A pin is a file named by the info-hash, so every statement about that content is
 rotted, or that a newer version wrote, still holds.
 
 Invariants:
-- a pin is on the disk, synced, before the client hears of it;
+- a pin is on the disk, synced, before any client hears of it;
 - a content that is being removed cannot be pinned, and one that is pinned cannot be removed, whoever comes first.
 """
 
@@ -37,6 +37,8 @@ class Pins:
         self._store = store
         self._pinned = {bytes.fromhex(name) for name in store.names(layout.PINS) if _DIGEST.fullmatch(name)}
         self._leaving: set[bytes] = set()
+        # What the disk and this object say changes together: one at a time.
+        self._changing = trio.Lock()
 
     def __repr__(self) -> str:
         return f"<Pins {len(self._pinned)}>"
@@ -54,19 +56,20 @@ class Pins:
             NotFoundError: it is being removed.
             StoreError: the pin could not be kept, and does not hold.
         """
-        info_hash = entry.info_hash
-        if info_hash in self._leaving:
-            raise NotFoundError(f"{entry.ref} is being removed", hint="Fetch it again first.")
-        if info_hash in self._pinned:
-            return False
-        # Before it is written: from here on nobody begins to remove it.
-        self._pinned.add(info_hash)
-        try:
-            await trio.to_thread.run_sync(self._write, info_hash)
-        except BaseException:
-            self._pinned.discard(info_hash)
-            raise
-        return True
+        async with self._changing:
+            info_hash = entry.info_hash
+            if info_hash in self._leaving:
+                raise NotFoundError(f"{entry.ref} is being removed", hint="Fetch it again first.")
+            if info_hash in self._pinned:
+                return False
+            # Before it is written: from here on nobody begins to remove it.
+            self._pinned.add(info_hash)
+            try:
+                await trio.to_thread.run_sync(self._write, info_hash)
+            except BaseException:
+                self._pinned.discard(info_hash)
+                raise
+            return True
 
     async def remove(self, info_hash: bytes) -> bool:
         """Take a pin off; False where there was none.
@@ -74,11 +77,12 @@ class Pins:
         Raises:
             StoreError: it could not be removed, and still holds.
         """
-        if info_hash not in self._pinned:
-            return False
-        await trio.to_thread.run_sync(self._store.remove, layout.pin_of(info_hash))
-        self._pinned.discard(info_hash)
-        return True
+        async with self._changing:
+            if info_hash not in self._pinned:
+                return False
+            await trio.to_thread.run_sync(self._store.remove, layout.pin_of(info_hash))
+            self._pinned.discard(info_hash)
+            return True
 
     def check_free(self, entry: Entry) -> None:
         """Refuse to remove what is pinned.

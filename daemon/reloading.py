@@ -14,13 +14,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import stat
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
-from modelp2p.daemon.config import KEYS, Config, parse_peers_file
+from modelp2p.daemon.config import KEYS, MAX_CONFIG_BYTES, Config, parse_peers_file
 from modelp2p.daemon.diskerror import on_disk
 from modelp2p.protocol.engine_wire import Peer
 from modelp2p.protocol.errors import ModelP2PError, UsageError
@@ -67,11 +67,7 @@ def configured_peers(config: Config) -> tuple[PeerAddress, ...]:
     """
     lines = list(config.network.peers)
     if config.network.peers_file:
-        try:
-            with on_disk(f"cannot read the peers file {config.network.peers_file}"):
-                lines += parse_peers_file(Path(config.network.peers_file).read_text(encoding="utf-8"))
-        except UnicodeDecodeError as exc:
-            raise UsageError(f"{config.network.peers_file}: not UTF-8 text", key="network.peers_file") from exc
+        lines += parse_peers_file(_read_peers_file(config.network.peers_file))
     return tuple(PeerAddress.parse(line) for line in lines)
 
 
@@ -86,7 +82,9 @@ async def reload(node: Node, read_config: Callable[[], Config]) -> None:
         log.error("the configuration stays as it is: %s", f"{exc.message}. {exc.hint}".strip())
         return
     except OSError as exc:
-        log.error("the configuration stays as it is: %s: %s", exc.filename, exc.strerror)
+        # Without a path where it is a descriptor that could not be read.
+        place = exc.filename if isinstance(exc.filename, str) else "one of its files"
+        log.error("the configuration stays as it is: %s: %s", place, exc.strerror)
         return
     newcomers = [peer for peer in peers if peer not in node.peers]
     await _apply(node, decided, peers, newcomers)
@@ -136,6 +134,22 @@ async def reload_on_signal(
             notifier.reloading()
             await reload(node, read_config)
             notifier.tell("READY=1")
+
+
+def _read_peers_file(path: str) -> str:
+    with on_disk(f"cannot read the peers file {path}"):
+        # O_NONBLOCK: a FIFO must not keep this daemon from starting, nor from hearing the next signal.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise UsageError(f"{path}: not a file", key="network.peers_file")
+            data = file.read(MAX_CONFIG_BYTES + 1)
+    if len(data) > MAX_CONFIG_BYTES:
+        raise UsageError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes", key="network.peers_file")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise UsageError(f"{path}: not UTF-8 text", key="network.peers_file") from exc
 
 
 def _has_terminal() -> bool:

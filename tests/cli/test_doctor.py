@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -65,7 +66,7 @@ JUDGED: dict[str, tuple[Check, str, str, str]] = {
         diagnosis.home_check("/h", False, ["/"], "", False),
         "problem",
         "/h cannot be made",
-        "chown -R $(id -u) /",
+        "sudo install -d -o $(id -u) /h",
     ),
     "store of root": (diagnosis.home_check("/h", True, ["/h/a b"], "", True), "problem", "cannot be written", "'/h/a b'"),
     "served by another": (diagnosis.home_check("/h", True, ["/h"], "svc", True), "ok", "svc's; only their daemon", ""),
@@ -116,10 +117,16 @@ JUDGED: dict[str, tuple[Check, str, str, str]] = {
     "public off": (diagnosis.public_socket_check(False, False), "ok", "could not serve", ""),
     "public on": (diagnosis.public_socket_check(True, True), "ok", "on", ""),
     "public wanted": (diagnosis.public_socket_check(True, False), "problem", "Linux 6.16", "uname -r"),
-    "cache": (diagnosis.cache_check("/c", True, True, True), "ok", "hard links", ""),
-    "cache elsewhere": (diagnosis.cache_check("/c", True, False, True), "warning", "copied", "HF_HOME"),
-    "cache of a service": (diagnosis.cache_check("/c", True, False, False), "ok", "symlinks", ""),
-    "cache of root": (diagnosis.cache_check("/c", False, True, True), "problem", "/c cannot be written", "chown"),
+    "cache": (diagnosis.cache_check("/c", True, True, True, True), "ok", "hard links", ""),
+    "cache elsewhere": (diagnosis.cache_check("/c", True, True, False, True), "warning", "copied", "HF_HOME"),
+    "cache of a service": (diagnosis.cache_check("/c", True, True, False, False), "ok", "symlinks", ""),
+    "cache of root": (diagnosis.cache_check("/c", True, False, True, True), "problem", "/c cannot be written", "chown"),
+    "no place for a cache": (
+        diagnosis.cache_check("/c d", False, False, True, True),
+        "problem",
+        "/c d cannot be made",
+        "sudo install -d -o $(id -u) '/c d'",
+    ),
     "gateway": (diagnosis.gateway_check(True, False, 5, ""), "ok", "127.0.0.1:5", ""),
     "gateway deaf": (diagnosis.gateway_check(True, False, 5, "refused"), "problem", "127.0.0.1:5: refused", "modelp2p"),
     "gateway off": (diagnosis.gateway_check(False, False, 0, ""), "ok", "off", ""),
@@ -173,6 +180,8 @@ JUDGED: dict[str, tuple[Check, str, str, str]] = {
     "web seeds of a service": (release_diagnosis.web_seeds_check(["https://a/"], None), "ok", "1 web seed", ""),
     "no web seeds": (release_diagnosis.web_seeds_check([], False), "ok", "names none", ""),
     "disk": (release_diagnosis.disk_check("a", 50_000_000, 1.0, True), "ok", "50.0 MB/s reading 50.0 MB of a", ""),
+    "small files": (release_diagnosis.disk_check("a", 3, 0.009, True), "ok", "reading 3 B of a: too little to tell", ""),
+    "slow for small files": (release_diagnosis.disk_check("a", 3, 0.1, True), "warning", "30 B/s reading 3 B", "iostat"),
     "slow disk": (release_diagnosis.disk_check("a", 49_999_999, 1.0, False), "warning", "perhaps from memory", "iostat"),
 }
 
@@ -220,6 +229,19 @@ def test_the_holder_of_a_home_is_whom_the_kernel_names(tmp_path: Path) -> None:
         assert probes.lock_holder(str(tmp_path / "held")) == os.getpid()
         assert probes.lock_holder(str(tmp_path / "free")) == 0
     assert probes.lock_holder(str(tmp_path / "held")) == 0
+
+
+def test_whoever_locks_a_file_of_the_same_number_elsewhere_is_not_the_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home" / "run").mkdir(parents=True)
+    lock = tmp_path / "home" / "run" / "lock"
+    with HomeLock.acquire(tmp_path / "elsewhere", this_daemon("s", pid=1, host="h")):
+        HomeLock.acquire(lock, this_daemon("s", pid=1, host="h")).release()
+        elsewhere, here = (f":{path.stat().st_ino} " for path in (tmp_path / "elsewhere", lock))
+        locks = Path("/proc/locks").read_text("ascii").replace(elsewhere, here)
+        monkeypatch.setattr(probes, "open", lambda path, **kwargs: io.StringIO(locks), raising=False)
+        assert probes.lock_holder(str(tmp_path / "home")) == 0, "kill -9 would end somebody else"
 
 
 @contextmanager
@@ -329,6 +351,19 @@ def test_a_command_that_mends_names_the_home_that_was_named(tmp_path: Path, caps
     assert checks_of(capsys)["daemon"]["fix"] == f"modelp2p --home '{home}' daemon"
 
 
+def test_a_command_for_another_home_or_not_of_ours_stays_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "modelp2p home").mkdir()
+    home = str(tmp_path / "modelp2p home")
+    monkeypatch.setattr(probes, "filesystem_of", lambda folder: Filesystem("tmpfs", False, False, True))
+    monkeypatch.setattr(probes, "unwritable", lambda folder: [home])
+    assert doctor(tmp_path, FakeDaemon({}, is_running=False), "--home", home, "--json") == 1
+    checks = checks_of(capsys)
+    assert checks["file system"]["fix"] == "MODELP2P_HOME=/a/local/disk modelp2p daemon"
+    assert checks["home"]["fix"] == f"sudo chown -R $(id -u) '{home}'"
+
+
 def test_a_release_is_looked_at_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fetching: Map = {**LIVE, "state": "fetching", "proven": 0}
     daemon = FakeDaemon(answers(tmp_path, fetching))
@@ -421,6 +456,23 @@ def test_a_disk_that_hangs_costs_its_check_and_not_the_command() -> None:
     finally:
         gone.set()
     assert _outcome("space", patient, time.monotonic() + 10).fact == "too late"
+
+
+def test_the_other_checks_are_told_while_one_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = threading.Event()
+
+    def filesystem_of(folder: str) -> Filesystem:
+        # Much longer than this check is given, and not for ever where nobody minds its time.
+        told.wait(10)
+        return Filesystem("ext4", False, False, True)
+
+    monkeypatch.setattr(probes, "filesystem_of", filesystem_of)
+    app = App(FakeDaemon({}, is_running=False), {"MODELP2P_HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path)})
+    try:
+        checks = {check.name: check.verdict for check in examine(app, None, check_s=1.0)}
+    finally:
+        told.set()
+    assert (checks["file system"], checks["home"], checks["hf cache"]) == ("not checked", "ok", "ok")
 
 
 def test_what_the_disk_refuses_is_not_checked_and_a_bug_is_not_hidden() -> None:

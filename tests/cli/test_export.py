@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from modelp2p.cli.export_writing import Export
 from modelp2p.protocol import exported
+from modelp2p.protocol.errors import StoreError
 from modelp2p.protocol.manifest import encode_manifest
 from modelp2p.protocol.statement import Release, Statement, encode_bundle, verify_statement
 from tests.cli.fakes import FakeDaemon, FakeReply, memory, modelp2p
@@ -400,6 +402,39 @@ def test_two_at_once_do_not_meet(exporting: Exporting, capsys: pytest.CaptureFix
         assert exporting.run() == 1
         assert "another export writes" in capsys.readouterr().err
         assert exporting.there() == before
+    assert exporting.run() == 0
+
+
+def test_what_appears_while_it_is_copied_stays(exporting: Exporting) -> None:
+    theirs = exporting.folder / SHARD
+
+    def appear(event: Map) -> None:
+        theirs.write_bytes(b"theirs")
+
+    tree = os.open(os.path.realpath(exporting.tree), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with pytest.raises(StoreError, match="exists there with other content"):
+            Export(str(exporting.target), tree, STATEMENT, exporting.release, appear).write([SHARD])
+    finally:
+        os.close(tree)
+    assert tree_bytes(exporting.base) == {f"{exporting.folder.name}/{SHARD}": b"theirs"}
+
+
+def test_the_lock_of_one_that_ends_just_now_locks_nobody_out(
+    exporting: Exporting, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fcntl.flock
+
+    def flock(fd: int, how: int) -> None:
+        # The other one removes the file that this one has opened, and only then gives up its lock.
+        (exporting.base / f".{exporting.release.manifest.revision}.lock").unlink()
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert exporting.run() == 1
+    assert "another export writes" in capsys.readouterr().err
+    assert exporting.there().keys() == {"lab--model"}
+    monkeypatch.undo()
     assert exporting.run() == 0
 
 

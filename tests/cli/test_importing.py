@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from tests.cli.fakes import FETCHED, PATH, Asked, FakeDaemon, FakeReply, modelp2
 from tests.releases import publisher, statement_of, write_files
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from modelp2p.protocol.codec import Map
@@ -183,11 +184,59 @@ def test_a_bundle_that_does_not_hold_is_refused_before_anything(
     assert not stick.daemon.asked
 
 
-def test_a_link_in_the_place_of_the_files_is_not_followed(stick: Stick, capsys: pytest.CaptureFixture[str]) -> None:
-    stick.folder.rename(stick.path / "outside")
-    stick.folder.symlink_to(stick.path / "outside")
+def _link_away(path: Path) -> None:
+    path.rename(path.with_name("outside"))
+    path.symlink_to("outside")
+
+
+def _fifo_instead(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _folder_instead(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("instead", [_link_away, _fifo_instead, _folder_instead])
+def test_a_list_of_sums_that_is_no_file_is_not_read(
+    stick: Stick, capsys: pytest.CaptureFixture[str], instead: Callable[[Path], None]
+) -> None:
+    # As somebody might plant it who wants a line of a file of the reader's to be shown as a bad one.
+    sums = stick.base / f"{REVISION}.sha256"
+    sums.write_bytes(b"secret\n")
+    instead(sums)
+    assert stick.run() == 1
+    error = capsys.readouterr().err
+    assert f"'{sums}' is not a file" in error
+    assert "--include" in error
+    assert "secret" not in error
+    assert not stick.daemon.asked
+
+
+@pytest.mark.parametrize("instead", [_fifo_instead, _folder_instead])
+def test_a_bundle_that_is_no_file_is_none(
+    stick: Stick, capsys: pytest.CaptureFixture[str], instead: Callable[[Path], None]
+) -> None:
+    instead(stick.bundle)
     assert stick.run(path=stick.bundle) == 3
-    assert "there is no folder" in capsys.readouterr().err
+    assert not stick.daemon.asked
+    error = capsys.readouterr().err
+    assert "is not a file" in error or "no exported release" in error
+
+
+def test_a_link_in_the_place_of_the_files_is_not_followed(stick: Stick, capsys: pytest.CaptureFixture[str]) -> None:
+    _link_away(stick.folder)
+    assert stick.run(path=stick.bundle) == 1
+    assert "is a symlink, which is not followed" in capsys.readouterr().err
+    assert not stick.daemon.asked
+
+
+@pytest.mark.parametrize("given", ["", "mp1", f"{publisher().id} "])
+def test_what_is_no_publisher_id_starts_nothing(stick: Stick, capsys: pytest.CaptureFixture[str], given: str) -> None:
+    assert stick.run("--publisher", given) == 2
+    assert "is not a publisher id" in capsys.readouterr().err
     assert not stick.daemon.asked
 
 
@@ -195,10 +244,19 @@ def test_a_stranger_needs_a_word_of_consent(stick: Stick, capsys: pytest.Capture
     stick.daemon = FakeDaemon({"adopt": UnknownPublisherError("nobody is trusted for lab/model")})
     assert stick.run() == 4
     hint = capsys.readouterr().err.splitlines()[1]
-    assert f"modelp2p trust add '{stick.bundle}' --name lab/model" in hint
+    assert f"modelp2p trust add {stick.bundle} --name lab/model" in hint
     assert f"--publisher {publisher().id}" in hint
     assert stick.run("--publisher", publisher().id) == 4
     assert "trust add" not in capsys.readouterr().err.replace("'modelp2p trust add'", "")
+
+
+def test_a_name_on_the_stick_does_not_get_into_the_command_of_a_hint(stick: Stick, capsys: pytest.CaptureFixture[str]) -> None:
+    stick.daemon = FakeDaemon({"adopt": UnknownPublisherError("nobody is trusted for lab/model")})
+    odd = stick.path.rename(stick.path.with_name("';touch x;'"))
+    assert stick.run(path=odd) == 4
+    hint = capsys.readouterr().err.splitlines()[1]
+    command = hint.partition("modelp2p ")[2].partition("; or for")[0]
+    assert shlex.split(command) == ["trust", "add", str(odd / "lab--model" / stick.bundle.name), "--name", "lab/model"]
 
 
 def test_what_is_missing_is_exit_11_with_its_name(stick: Stick, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from tests.memory_node import World, world_of
 from tests.releases import statement_of
 
 if TYPE_CHECKING:
+    from modelp2p.daemon.store import Store
     from modelp2p.protocol.codec import Map
 
 pytestmark = pytest.mark.slow
@@ -124,8 +126,12 @@ async def test_gc_leaves_what_is_pinned_also_where_its_statement_is_damaged(worl
     assert (await collect_garbage(world.node, dry_run=False))["removed"] == []
     check_here(world)
     await world.node.pins.remove(world.release.info_hash)
-    removed = (await collect_garbage(world.node, dry_run=False))["removed"]
-    assert set(removed) == {f"data/{hexed}", f"store/{hexed}", f"journal/{hexed}"}  # type: ignore[arg-type]  # a list of text
+    held = [path.stat() for path in world.tree.rglob("*") if path.is_file()]
+    assert {status.st_nlink for status in held} == {2}
+    collected = await collect_garbage(world.node, dry_run=False)
+    assert set(collected["removed"]) == {f"data/{hexed}", f"store/{hexed}", f"journal/{hexed}"}  # type: ignore[arg-type]  # a list of text
+    record_bytes = 4096
+    assert 0 <= collected["freed"] - sum(status.st_blocks * 512 for status in held) <= record_bytes  # type: ignore[operator]  # a number
 
 
 async def test_gc_keeps_the_statement_of_what_is_pinned_and_not_fetched(world: World) -> None:
@@ -179,6 +185,38 @@ async def test_a_pin_that_cannot_be_written_does_not_hold(world: World) -> None:
     with pytest.raises((StoreError, NotFoundError)):
         await world.node.pins.add(world.entry)
     assert world.entry.info_hash not in world.node.pins
+
+
+class SlowPins(Pins):
+    """Pins on a disk that writes when it is told to."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.begun, self.goes_on = threading.Event(), threading.Event()
+
+    def _write(self, info_hash: bytes) -> None:
+        self.begun.set()
+        self.goes_on.wait()
+        super()._write(info_hash)
+
+
+async def test_two_that_pin_and_unpin_at_once_are_told_what_is_on_the_disk(world: World) -> None:
+    entry, pins, said = world.entry, SlowPins(world.node.store), []
+    path = world.node.store.path(layout.pin_of(entry.info_hash))
+
+    async def pin_again() -> None:
+        said.append((await pins.add(entry), path.exists()))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pins.add, entry)
+        await trio.to_thread.run_sync(pins.begun.wait)
+        nursery.start_soon(pin_again)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(pins.remove, entry.info_hash)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        pins.goes_on.set()
+    assert said == [(False, True)], "a client heard of a pin that was not on the disk"
+    assert (entry.info_hash in pins, path.exists()) == (False, False)
 
 
 def test_pins_are_for_the_owner_alone() -> None:

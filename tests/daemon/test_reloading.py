@@ -14,7 +14,7 @@ import pytest
 import trio
 import trio.testing
 
-from modelp2p.daemon.config import KEYS, Config, parse_config
+from modelp2p.daemon.config import KEYS, MAX_CONFIG_BYTES, Config, parse_config
 from modelp2p.daemon.hashing import HashPool
 from modelp2p.daemon.library import Library
 from modelp2p.daemon.memory_swarm import MemoryNetwork, MemorySwarm
@@ -119,6 +119,15 @@ def _unreadable() -> Config:
     raise PermissionError(13, "Permission denied", "/etc/modelp2p/config.toml")
 
 
+def _directory() -> Config:
+    raise IsADirectoryError(21, "Is a directory", 7)
+
+
+def _peers_fifo(path: Path) -> Callable[[], Config]:
+    os.mkfifo(path)
+    return _peers_file(path, None)
+
+
 def _peers_file(path: Path, content: bytes | None) -> Callable[[], Config]:
     if content is not None:
         path.write_bytes(content)
@@ -135,17 +144,24 @@ def _peers_file(path: Path, content: bytes | None) -> Callable[[], Config]:
         (lambda path: lambda: parse_config("[network]\nmax_down = 5\nconnections = 1"), "network.connections must be"),
         (lambda path: lambda: parse_config("[network"), "is not TOML"),
         (lambda path: _unreadable, "/etc/modelp2p/config.toml: Permission denied"),
+        (lambda path: _directory, "one of its files: Is a directory"),
         (lambda path: _peers_file(path, None), "cannot read the peers file"),
         (lambda path: _peers_file(path, b"10.0.0.1"), "peers file, line 1"),
         (lambda path: _peers_file(path, b"\xff\xfe"), "not UTF-8 text"),
+        (lambda path: _peers_file(path, b"#" * (MAX_CONFIG_BYTES + 1)), f"larger than {MAX_CONFIG_BYTES} bytes"),
+        (_peers_fifo, "not a file"),
     ],
-    ids=["unknown key", "wrong value", "no TOML", "unreadable", "no peers file", "a peer without port", "peers in UTF-16"],
+    ids=[
+        *("unknown key", "wrong value", "no TOML", "unreadable", "a folder", "no peers file", "a peer without port"),
+        *("peers in UTF-16", "too many peers", "a FIFO of peers"),
+    ],
 )
 async def test_a_broken_configuration_changes_nothing_and_is_one_line(
     broken: Callable[[Path], Callable[[], Config]], named: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with node_of(tmp_path) as (node, swarm):
-        await reload(node, broken(tmp_path / "peers"))
+        with trio.fail_after(PATIENCE_S):
+            await reload(node, broken(tmp_path / "peers"))
         assert (node.config, node.peers, swarm.limits) == (Config(), (SEED,), {})
     said = [record for record in caplog.records if record.name == "modelp2p.daemon.reloading"]
     assert [record.levelname for record in said] == ["ERROR"]
