@@ -15,6 +15,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.modelp2p-installed
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# Generations of huggingface_hub that users have, beside the newest one in $(VENV): one environment for each list of versions.
+CLIENTS := $(patsubst tests/clients/%.txt,.venv-clients/%/.installed,$(wildcard tests/clients/*.txt))
 say = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
@@ -41,6 +43,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) install --constraint constraints.txt --no-build-isolation $(INDEX) --editable '.[torch,test,dev]'
 	@touch $@
 
+.venv-clients/%/.installed: tests/clients/%.txt | $(STAMP)
+	$(call say,client environment $(@D))
+	@"$(PYTHON)" -m venv --clear --without-pip $(@D)
+	@$(PIP) --python $(@D)/bin/python install --no-deps --requirement $<
+	@touch $@
+
 demo: $(STAMP)
 	@$(BIN)/modelp2p demo $(ARGS)
 
@@ -48,11 +56,11 @@ test: check test-fast test-swarm
 	$(call say,demo)
 	@$(BIN)/modelp2p demo $(ARGS)
 
-test-fast: $(STAMP)
+test-fast: $(STAMP) $(CLIENTS)
 	$(call say,fast tests)
 	@$(BIN)/python -m pytest -q -m "not swarm and not gpu" -n 2 $(PYTEST)
 
-test-swarm: $(STAMP)
+test-swarm: $(STAMP) $(CLIENTS)
 	$(call say,swarm tests (real libtorrent on loopback))
 	@$(BIN)/python -m pytest -q -m "swarm and not gpu and not slow" -n 3 --dist loadfile $(PYTEST)
 	$(call say,swarm tests that count time or bytes per second (one at a time))
@@ -68,7 +76,7 @@ check: $(STAMP)
 	$(call say,ruff check)
 	@$(BIN)/ruff check --quiet .
 	$(call say,mypy)
-	@$(BIN)/mypy
+	@$(BIN)/mypy --num-workers 2
 
 format: $(STAMP)
 	@$(BIN)/ruff format --quiet .
@@ -81,5 +89,5 @@ bench: $(STAMP)
 	done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-clients build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

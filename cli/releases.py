@@ -65,18 +65,21 @@ def ls(app: App) -> None:
 @click.command()
 @click.argument("ref")
 @click.option("--bundle", metavar="FILE", help="Also write the signed statement to FILE (name it *.modelp2p).")
+@click.option("--lineage", is_flag=True, help="Show what it was made from, back to the first release, and who signed each.")
 @client_options
 @pass_app
-def show(app: App, ref: str, bundle: str | None) -> None:
+def show(app: App, ref: str, bundle: str | None, lineage: bool) -> None:
     """Show all that is known about REF; with -q just its link."""
-    typed = typed_ref(ref)
-    with ref_args(typed) as (args, fds), daemon(app, service=isinstance(typed, NameRef)) as client:
-        reply = client.call("show", args | {"bundle_out": bundle is not None}, fds)
+    from modelp2p.cli.lineage import lineage_of, looking_at, show_lineage
     from modelp2p.cli.shown import shown
     from modelp2p.protocol.statement import MAX_BUNDLE_BYTES
 
-    contents = reply.read_fds(MAX_BUNDLE_BYTES)
-    result = shown(reply.result, contents)
+    typed = typed_ref(ref)
+    with ref_args(typed) as (args, fds), daemon(app, service=isinstance(typed, NameRef)) as client:
+        reply = client.call("show", args | {"bundle_out": bundle is not None}, fds)
+        contents = reply.read_fds(MAX_BUNDLE_BYTES)
+        result = shown(reply.result, contents)
+        links = lineage_of(result, looking_at(client)) if lineage else None
     if bundle is not None:
         for content in contents[1:]:
             _write_file(bundle, content)

@@ -74,6 +74,9 @@ class Sink:
         self.came.set()
         self.came = trio.Event()
 
+    async def send_data(self, data: bytes) -> None:
+        raise AssertionError("the gateway serves files")
+
 
 class Listener(Swarm):
     """A swarm that remembers what it was told about priorities."""
@@ -278,6 +281,12 @@ NOT_HERE = {
     "a pull request": ("/lab/model/resolve/refs%2Fpr%2F1/config.json", "RevisionNotFound"),
     "a file": ("/lab/model/resolve/main/adapter_config.json", "EntryNotFound"),
     "a path that climbs": ("/lab/model/resolve/main/..%2f..%2fjournal", "EntryNotFound"),
+    "a path that climbs as it is": ("/lab/model/resolve/main/../../../journal", "EntryNotFound"),
+    "a path that is quoted twice": ("/lab/model/resolve/main/%252e%252e/config.json", "EntryNotFound"),
+    "a path to a file by way of a folder": ("/lab/model/resolve/main/sub/../config.json", "EntryNotFound"),
+    "an absolute path": ("/lab/model/resolve/main//config.json", "EntryNotFound"),
+    "a path with a zero byte": ("/lab/model/resolve/main/config.json%00", "EntryNotFound"),
+    "a path with a line of its own": ("/lab/model/resolve/main/x%0d%0aX-Repo-Commit:%20x", "EntryNotFound"),
     "a folder as a file": ("/lab/model/resolve/main/sub", "EntryNotFound"),
 }
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
+_PART = 64 << 10
+
 
 def git_id(data: bytes) -> str:
     """The id git gives a file."""
@@ -26,6 +28,8 @@ class Hub:
     files: Mapping[str, bytes]
     lfs: frozenset[str]
     requests: list[str] = field(default_factory=list)
+    sent: list[int] = field(default_factory=list)
+    """Bytes of files that left it, part by part."""
 
     def etag(self, path: str) -> str:
         data = self.files[path]
@@ -58,22 +62,31 @@ class Hub:
             def answer(self, *, has_body: bool) -> None:
                 path = unquote(self.path.partition("?")[0])
                 hub.requests.append(f"{self.command} {path}")
-                status, headers, body = 404, {"X-Error-Code": "EntryNotFound"}, b'{"error": "not here"}'
+                status, headers, body = 404, {"X-Error-Code": "EntryNotFound"}, memoryview(b'{"error": "not here"}')
                 if path in (f"/api/models/{hub.name}/revision/main", f"/api/models/{hub.name}"):
                     siblings = [{"rfilename": file} for file in hub.files]
-                    body = json.dumps({"id": hub.name, "sha": hub.commit, "private": False, "siblings": siblings}).encode()
-                    status, headers = 200, {}
+                    info = {"id": hub.name, "sha": hub.commit, "private": False, "siblings": siblings}
+                    status, headers, body = 200, {}, memoryview(json.dumps(info).encode())
                 elif path.startswith(f"/api/models/{hub.name}/tree/"):
-                    status, headers, body = 200, {}, json.dumps([hub.row(file) for file in hub.files]).encode()
+                    status, headers, body = 200, {}, memoryview(json.dumps([hub.row(file) for file in hub.files]).encode())
                 elif (file := path.removeprefix(f"/{hub.name}/resolve/{hub.commit}/")) in hub.files:
-                    body, status = hub.files[file], 200
+                    status, body = 200, memoryview(hub.files[file])
                     headers = {"X-Repo-Commit": hub.commit, "ETag": f'"{hub.etag(file)}"', "Accept-Ranges": "bytes"}
+                    if (begin := self.headers.get("Range", "").removeprefix("bytes=").removesuffix("-")).isdigit():
+                        headers["Content-Range"] = f"bytes {begin}-{len(body) - 1}/{len(body)}"
+                        status, body = 206, body[int(begin) :]
                 self.send_response(status)
                 for key, value in {**headers, "Content-Length": str(len(body))}.items():
                     self.send_header(key, value)
                 self.end_headers()
-                if has_body:
-                    self.wfile.write(body)
+                try:
+                    for at in range(0, len(body) if has_body else 0, _PART):
+                        count = self.wfile.write(body[at : at + _PART])
+                        if "ETag" in headers:
+                            hub.sent.append(count)
+                except ConnectionError:
+                    # Who was killed reads no further.
+                    self.close_connection = True
 
             def log_message(self, *args: object) -> None:
                 pass

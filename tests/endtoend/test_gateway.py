@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import socket
 import subprocess
-import sys
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from modelp2p.daemon.client import Client
+from modelp2p.daemon.folder import ReleaseFolder
+from modelp2p.daemon.library import Library
+from modelp2p.daemon.node import pieces_of
+from modelp2p.daemon.store import Store
 from modelp2p.protocol import layout
+from modelp2p.protocol.journal import Selection
+from tests.bench.sparse import SHARDS, sparse_statement
+from tests.clients.programs import GENERATIONS, NEWEST, OLDEST, Generation, Program, environment_of
 from tests.endtoend.site import MIB, model, size_of, some_bytes, weights
 from tests.nodes import tree_bytes, wait_until
 
@@ -25,8 +32,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.swarm
 
-CLIENTS = {"huggingface_hub 2.4": sys.executable}
-"""Interpreters with the generations of huggingface_hub that users have, each in an environment of its own."""
 SECRET = "hf_thisIsTheUsersToken"
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -35,41 +40,41 @@ SHARD = "model-00001-of-00001.safetensors"
 class User:
     """A user's programs, with a cache of their own, and a token that concerns nobody here."""
 
-    python: str
+    generation: Generation
     folder: Path
-    number: int = 0
-    """Tells the releases of one generation's test from those of another's."""
 
     def environment(self, endpoint: str) -> dict[str, str]:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
-        return {**kept, "HF_HOME": str(self.folder), "HF_ENDPOINT": endpoint, "HF_TOKEN": SECRET, "TQDM_DISABLE": "1"}
+        return environment_of(endpoint, self.folder, {"HF_TOKEN": SECRET})
 
-    def spawn(self, endpoint: str, *commands: list[str | int]) -> subprocess.Popen[str]:
-        script = Path(__file__).with_name("gateway_client.py")
-        command = [self.python, str(script), json.dumps(commands)]
-        return subprocess.Popen(
-            command, env=self.environment(endpoint), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    def run(self, endpoint: str, *commands: list[str | int]) -> tuple[list[Any], str]:
-        """One result for each command, and what was said beside."""
-        return heard(self.spawn(endpoint, *commands))
+    def program(self, endpoint: str) -> Program:
+        return Program(self.generation, self.environment(endpoint))
 
     def hf(self, endpoint: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(self.python).with_name("hf")), *arguments]
+        command = [str(Path(self.generation.python).with_name("hf")), *arguments]
         return subprocess.run(command, env=self.environment(endpoint), capture_output=True, text=True, timeout=100, check=False)
 
 
-@pytest.fixture(params=list(enumerate(CLIENTS.values())), ids=list(CLIENTS))
+@pytest.fixture(params=GENERATIONS, ids=lambda generation: generation.version)
 def user(request: pytest.FixtureRequest, tmp_path: Path) -> User:
-    number, python = request.param
-    return User(python, tmp_path / "user", number)
+    return User(request.param, tmp_path)
 
 
-def heard(process: subprocess.Popen[str]) -> tuple[list[Any], str]:
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 0, err
-    return list(json.loads(out)), err
+@dataclass(frozen=True)
+class Shared:
+    """A release that is complete at the node."""
+
+    name: str
+    files: dict[str, bytes]
+    commit: str
+    publisher: str
+
+
+@pytest.fixture(scope="module")
+def shared(pair: Pair) -> Shared:
+    """The one that every client reads."""
+    files = {"model.safetensors": weights("all", 3 * MIB), "config.json": b"{}", "extra/notes with a space.txt": b"far\n"}
+    published = share(pair, "lab/all", files)
+    return Shared("lab/all", files, published["revision"], published["publisher"])
 
 
 def endpoint_of(node: Node) -> str:
@@ -99,6 +104,14 @@ def share(pair: Pair, name: str, files: dict[str, bytes], *more: str) -> dict[st
     return published
 
 
+def has_begun(user: User, name: str) -> bool:
+    """Whether bytes of a file are in the user's cache, and not yet all."""
+    blobs = user.folder / f"hub/models--{name.replace('/', '--')}/blobs"
+    with suppress(FileNotFoundError):  # it has got its name in this moment
+        return any(path.stat().st_size for path in blobs.glob("*.incomplete"))
+    return False
+
+
 def proven(node: Node, name: str) -> int:
     with Client.connect(str(node.home)) as client:
         rows = client.call("status", {}).result["releases"]
@@ -113,54 +126,37 @@ def hurry(node: Node, name: str) -> None:
         client.call("limits", {"ref": name, "max_down": 0})
 
 
-def test_a_complete_release_through_everything_that_the_hubs_client_does(pair: Pair, user: User) -> None:
-    shard = "model.safetensors"
-    files = {shard: weights("all", 3 * MIB), "config.json": b"{}", "extra/notes with a space.txt": b"far\n"}
-    published = share(pair, "lab/all", files)
-    commit, publisher = published["revision"], published["publisher"]
-    endpoint = endpoint_of(pair.node)
-    results, said = user.run(
-        endpoint,
-        ["snapshot", "lab/all"],
-        ["snapshot", "lab/all", commit],
-        ["file", "lab/all", "config.json", commit[:12]],
-        ["listing", "lab/all"],
-        ["part", "lab/all", shard, 1000, 1010],
-        ["metadata", "lab/all"],
-        ["file", "lab/all", "adapter_config.json"],
-        ["file", "lab/all", "config.json", "dev"],
-        ["file", "lab/none", "config.json"],
-        ["upload", "lab/all"],
-    )
-    whole, again, config, listing, part, tensors, no_file, no_revision, no_repo, upload = results
-    assert whole == again == digests(files)
-    assert config == digest(files["config.json"])
-    in_root = {(f"lab/all/{path}", "file", len(data)) for path, data in files.items()}
-    assert {tuple(row) for row in listing} == in_root | {("lab/all/extra", "directory", 0)}
-    assert bytes.fromhex(part) == files[shard][1000:1010]
-    assert tensors == ["all.a", "all.b"]
-    assert no_file["error"].endswith("EntryNotFoundError")  # "Remote" from 1.0 on
-    assert no_revision["error"] == "RevisionNotFoundError"
-    assert no_repo["error"] == "RepositoryNotFoundError"
-    assert "read-only" in upload["said"]
-    # The one line that users see of us (not before 1.0), and what clients remember.
-    assert said.count(f"served from swarm, signed by {publisher}") <= 1
+def test_a_complete_release_through_everything_that_the_hubs_client_does(pair: Pair, shared: Shared, user: User) -> None:
+    name, shard, commit = shared.name, "model.safetensors", shared.commit
+    with user.program(endpoint_of(pair.node)) as program:
+        assert program.ask("snapshot", name) == program.ask("snapshot", name, commit) == digests(shared.files)
+        assert program.ask("file", name, "config.json", commit[:12]) == digest(shared.files["config.json"])
+        assert program.ask("size", name, shard) == len(shared.files[shard])
+        in_root = {(f"{name}/{path}", "file", len(data)) for path, data in shared.files.items()}
+        assert {tuple(row) for row in program.ask("listing", name)} == in_root | {(f"{name}/extra", "directory", 0)}
+        assert bytes.fromhex(program.ask("part", name, shard, 1000, 1010)) == shared.files[shard][1000:1010]
+        assert program.ask("metadata", name) == ["all.a", "all.b"]
+        assert program.ask("file", name, "adapter_config.json")["error"].endswith("EntryNotFoundError")  # "Remote" from 1.0 on
+        assert program.ask("file", name, "config.json", "dev")["error"] == "RevisionNotFoundError"
+        assert program.ask("file", "lab/none", "config.json")["error"] == "RepositoryNotFoundError"
+        upload = program.ask("upload", name)
+        assert (upload["error"], "read-only" in upload["said"]) == ("HfHubHTTPError", True)
+        # The one line that users see of us (not before 1.0), and what clients remember.
+        assert program.said.count(f"served from swarm, signed by {shared.publisher}") <= 1
     repo = user.folder / "hub/models--lab--all"
     assert (repo / "refs/main").read_text() == commit
     assert (repo / ".no_exist" / commit / "adapter_config.json").exists()
     # Blobs are called as on the Hub.
     blobs = {path.name for path in (repo / "blobs").iterdir()}
-    assert blobs == {row["etag"] for row in pair.node.ok("show", "lab/all")["files"]}
+    assert blobs == {row["etag"] for row in pair.node.ok("show", name)["files"]}
 
 
-def test_the_hf_command_downloads(pair: Pair, user: User, tmp_path: Path) -> None:
-    files = model("hf", MIB)
-    share(pair, "lab/hf", files)
+def test_the_hf_command_downloads(pair: Pair, shared: Shared, user: User, tmp_path: Path) -> None:
     endpoint = endpoint_of(pair.node)
-    done = user.hf(endpoint, "download", "lab/hf", "--local-dir", str(tmp_path / "here"))
+    done = user.hf(endpoint, "download", shared.name, "--local-dir", str(tmp_path / "here"))
     assert done.returncode == 0, done.stderr
     here = tree_bytes(tmp_path / "here")
-    assert {path: data for path, data in here.items() if not path.startswith(".cache")} == files
+    assert {path: data for path, data in here.items() if not path.startswith(".cache")} == shared.files
     assert pair.node.home.joinpath(layout.GATEWAY_TOKEN).stat().st_mode & 0o777 == 0o600
     # Neither what the user showed us nor what leads to us is written down.
     assert SECRET not in pair.node.log
@@ -168,36 +164,42 @@ def test_the_hf_command_downloads(pair: Pair, user: User, tmp_path: Path) -> Non
     assert not [path for path in pair.node.home.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
 
 
-def test_what_was_downloaded_is_what_the_endpoint_says_by_the_hubs_own_check(pair: Pair, tmp_path: Path) -> None:
-    published = share(pair, "lab/verified", model("verified", MIB))
-    user, endpoint = User(sys.executable, tmp_path / "user"), endpoint_of(pair.node)
-    done = user.hf(endpoint, "download", "lab/verified")
+def test_what_was_downloaded_is_what_the_endpoint_says_by_the_hubs_own_check(pair: Pair, shared: Shared, tmp_path: Path) -> None:
+    user, endpoint = User(NEWEST, tmp_path), endpoint_of(pair.node)
+    done = user.hf(endpoint, "download", shared.name)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count(f"served from swarm, signed by {published['publisher']}") == 1
-    verified = user.hf(endpoint, "cache", "verify", "lab/verified")
+    assert done.stderr.count(f"served from swarm, signed by {shared.publisher}") == 1
+    verified = user.hf(endpoint, "cache", "verify", shared.name)
     assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
-def test_a_model_and_its_tokenizer_load_by_name(pair: Pair, user: User, tmp_path: Path) -> None:
-    (made,), _ = user.run("http://127.0.0.1:9", ["make", str(tmp_path / "bert")])
-    assert "error" not in made, made
-    share(pair, "lab/bert", tree_bytes(tmp_path / "bert"))
-    (used,), _ = user.run(endpoint_of(pair.node), ["use", "lab/bert"])
-    assert used == made
+def test_a_model_and_its_tokenizer_load_by_name(pair: Pair, tmp_path: Path) -> None:
+    folder = str(tmp_path / "bert")
+    with User(NEWEST, tmp_path).program(endpoint_of(pair.node)) as program:
+        made, spoken = program.ask("make", "bert", folder), program.ask("make_tokenizer", folder)
+        share(pair, "lab/bert", tree_bytes(tmp_path / "bert"))
+        assert program.ask("compare", folder, "lab/bert") == made
+        assert program.ask("tokens", "lab/bert") == spoken == [1, 2, 3, 0]
 
 
-def test_a_release_is_served_while_it_is_fetched(pair: Pair, user: User) -> None:
-    name = f"lab/arriving-{user.number}"
-    files = model(name, 12 * MIB, 12 * MIB)
-    share(pair, name, files, "--detach", "--max-down", "2Mi")
-    with user.spawn(endpoint_of(pair.node), ["snapshot", name]) as process:
-        blobs = user.folder / f"hub/models--{name.replace('/', '--')}/blobs"
-        # The client has been told what there is, has begun to download, and the fetch goes on.
-        wait_until(lambda: any(blobs.glob("*.incomplete")), 60, "a download")
+def test_a_release_is_served_to_all_generations_while_it_is_fetched(pair: Pair, tmp_path: Path) -> None:
+    name = "lab/arriving"
+    files = model(name, 24 * MIB, 24 * MIB)
+    users = [User(generation, tmp_path / generation.version) for generation in GENERATIONS]
+    with ExitStack() as stack:
+        programs = [stack.enter_context(user.program(endpoint_of(pair.node))) for user in users]
+        for program in programs:
+            program.ask("scan")  # imports, which take longer than the fetch of what is asked for first
+        share(pair, name, files, "--detach", "--max-down", "4Mi")
+        for program in programs:
+            program.begin("snapshot", name)
+        for user in users:
+            # The client has been told what there is, has begun to download, and the fetch goes on.
+            wait_until(partial(has_begun, user, name), 60, "a download")
         assert proven(pair.node, name) < size_of(files)
         hurry(pair.node, name)
-        (found,), _ = heard(process)
-    assert found == digests(files)
+        for program in programs:
+            assert program.end() == digests(files)
 
 
 def test_what_is_asked_for_comes_first_and_a_killed_download_goes_on(pair: Pair, tmp_path: Path) -> None:
@@ -220,23 +222,116 @@ def test_what_is_asked_for_comes_first_and_a_killed_download_goes_on(pair: Pair,
     assert target.read_bytes() == data
 
 
-def test_ranges_by_curl(pair: Pair, tmp_path: Path) -> None:
-    files = {"config.json": b"0123456789", "model.safetensors": model("curl", 2 * MIB)[SHARD]}
-    published = share(pair, "lab/curl", files)
-    base = f"{endpoint_of(pair.node)}/lab/curl/resolve/{published['revision']}"
-    shard = files["model.safetensors"]
-    for ask, expected in {"0-0": shard[:1], "5-": shard[5:], "-7": shard[-7:], "1048570-1048590": shard[1048570:1048591]}.items():
-        assert curl("-r", ask, f"{base}/model.safetensors") == expected
+def test_ranges_by_curl(pair: Pair, shared: Shared, tmp_path: Path) -> None:
+    base = f"{endpoint_of(pair.node)}/{shared.name}/resolve/{shared.commit}"
+    shard, config = shared.files["model.safetensors"], shared.files["config.json"]
+    size = len(shard)
+    asked = {
+        "0-0": shard[:1],
+        "5-": shard[5:],
+        "-7": shard[-7:],
+        f"-{2 * size}": shard,
+        "1048570-1048590": shard[1048570:1048591],
+    }
+    for ask, expected in {**asked, f"9-{2 * size}": shard[9:]}.items():
+        status = curl("-r", ask, "-o", str(tmp_path / "part"), "-w", "%{http_code}", f"{base}/model.safetensors")
+        assert (status, (tmp_path / "part").read_bytes()) == (b"206", expected)
     # Several parts at once are answered with the whole, which a server may do.
-    assert curl("-r", "0-1,5-6", f"{base}/config.json") == files["config.json"]
-    status = curl("-o", str(tmp_path / "x"), "-w", "%{http_code}", "-r", "10-", f"{base}/config.json")
-    assert status == b"416"
+    assert curl("-r", "0-1,5-6", f"{base}/model.safetensors") == shard
+    behind = curl("-D", "-", "-o", str(tmp_path / "x"), "-w", "%{http_code}", "-r", f"{size}-", f"{base}/model.safetensors")
+    assert behind.endswith(b"416")
+    assert f"content-range: bytes */{size}\r\n" in behind.decode().lower()
     # Two files over one connection, and a head that says the size.
-    both = curl(f"{base}/config.json", "-r", "0-3", f"{base}/config.json")
-    assert both == b"01230123"
+    assert curl(f"{base}/config.json", "-r", "0-0", f"{base}/config.json") == config[:1] * 2
     head = curl("-I", f"{base}/model.safetensors").decode().lower()
-    assert f"content-length: {len(shard)}" in head
+    assert f"content-length: {size}" in head
     assert f'etag: "{digest(shard)}"' in head
+
+
+def test_half_a_file_goes_on_by_curl_and_several_connections_share_one(pair: Pair, shared: Shared, tmp_path: Path) -> None:
+    url, data = f"{endpoint_of(pair.node)}/{shared.name}/resolve/main/model.safetensors", shared.files["model.safetensors"]
+    target = tmp_path / "half"
+    target.write_bytes(data[:MIB])
+    got = curl("-C", "-", "-o", str(target), "-w", "%{http_code} %{size_download}", url)
+    assert got == f"206 {len(data) - MIB}".encode()
+    assert target.read_bytes() == data
+    # As download managers do it.
+    cuts = [0, MIB - 1, MIB + 7, 2 * MIB, len(data)]
+    parts = [(tmp_path / str(begin), f"{begin}-{end - 1}") for begin, end in pairwise(cuts)]
+    begun = [["-r", ask, "-o", str(path), url] for path, ask in parts]
+    curl("-Z", *begun[0], *(word for more in begun[1:] for word in ("--next", "-sS", *more)))
+    assert b"".join(path.read_bytes() for path, _ in parts) == data
+
+
+SPELLINGS = (
+    "../../../../../etc/passwd",
+    "%2e%2e/%2e%2e/run/gateway-token",
+    "..%2f..%2f..%2frun%2fgateway-token",
+    "%252e%252e/config.json",
+    "/etc/passwd",
+    "%2fetc%2fpasswd",
+    "/config.json",
+    "./config.json",
+    "extra/../config.json",
+    "extra//notes%20with%20a%20space.txt",
+    "config.json/",
+    "config.json%00",
+    "%00",
+    "config.json%0d%0aX-Repo-Commit:%20x",
+    "CONFIG.JSON",
+)
+
+
+def test_no_spelling_of_a_path_leads_to_another_file(pair: Pair, shared: Shared, tmp_path: Path) -> None:
+    base = f"{endpoint_of(pair.node)}/{shared.name}/resolve/main/"
+    asked = [word for spelling in SPELLINGS for word in ("-o", str(tmp_path / "answer"), base + spelling)]
+    answers = curl("--path-as-is", "-w", "%{http_code} %header{x-error-code}\n", *asked).decode().splitlines()
+    assert dict(zip(SPELLINGS, answers, strict=True)) == dict.fromkeys(SPELLINGS, "404 EntryNotFound")
+
+
+def test_a_file_too_large_for_a_plain_download_is_downloaded(pair: Pair, tmp_path: Path) -> None:
+    size = 50 * 1000**3 + 4096  # over the MAX_HTTP_DOWNLOAD_SIZE of huggingface_hub
+    node = pair.site.node("large", start=False)
+    name, path = hold_sparse(node, SHARDS * size)
+    node.start()
+    bundle = tmp_path / "large.modelp2p"
+    node.ok("show", name, "--bundle", str(bundle))
+    node.ok("trust", "add", str(bundle), "--name", name)
+    endpoint = endpoint_of(node)
+    for generation in GENERATIONS:
+        user = User(generation, tmp_path / generation.version)
+        with user.program(endpoint) as program:
+            # A listing may say the size, and a range reaches the end.
+            assert bytes.fromhex(program.ask("part", name, path, size - 9, size)) == bytes(9)
+            assert program.ask("size", name, path) is None
+            if generation is OLDEST:
+                # It refuses what is too large, and what does not say how large it is.
+                assert program.ask("file", name, path)["error"] == "LocalEntryNotFoundError"
+                continue
+            program.begin("file", name, path)
+            wait_until(partial(has_begun, user, name), 60, "a download")
+            program.process.kill()
+    assert curl("-r", f"{size - 9}-", f"{endpoint}/{name}/resolve/main/{path}") == bytes(9)
+
+
+def hold_sparse(node: Node, size: int) -> tuple[str, str]:
+    """Give a node that does not run a release of holes, recorded as complete; its name and one of its files.
+
+    Holes are not the bytes that the statement is about, and nobody notices: a daemon relies on what it has recorded.
+    """
+    store = Store.open(node.home)
+    statement, release = sparse_statement(0, size)
+    Library(store).add(statement, release)
+    folder = ReleaseFolder.open(store, release)
+    for path in release.pieces.paths:
+        folder.stage((path,), reserve=False, keep_free_bytes=0)
+        folder.sync_proven(pieces_of(release, (path,)))
+        folder.finish(path)
+    folder.select(Selection((), (), release.pieces.paths))
+    folder.complete()
+    folder.close()
+    store.close()
+    return str(release.manifest.name), release.pieces.paths[0]
 
 
 def test_who_hangs_up_is_noticed_at_once(pair: Pair) -> None:
