@@ -1,12 +1,14 @@
 """The effective configuration of a command: flags, environment, files and defaults laid over each other, with origins.
 
 Order, later wins: built-in defaults, /etc/modelp2p/config.toml, the user's config.toml, <home>/config.toml (or only the file
-that --config names), `MODELP2P_<SECTION>__<KEY>`, flags. What a key means is `daemon/config.py`'s business.
+that --config names), `MODELP2P_<SECTION>__<KEY>`, `HF_HUB_OFFLINE` (no web seeds), flags. What a key means is
+`daemon/config.py`'s business.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import tomllib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 _PREFIX = "MODELP2P_"
 _FILE = "config.toml"
+_YES = frozenset({"1", "ON", "YES", "TRUE"})
+"""What huggingface_hub takes for true, in any case."""
 
 
 class Effective(NamedTuple):
@@ -52,6 +56,8 @@ def effective_config(app: App) -> Effective:
         with _named(variable):
             Config().replace({key: value})
         changes[key], origins[key] = value, variable
+    if app.environ.get("HF_HUB_OFFLINE", "").upper() in _YES:
+        changes["web_seeds.enabled"], origins["web_seeds.enabled"] = False, "HF_HUB_OFFLINE"
     for key, value in app.flags.items():
         changes[key], origins[key] = value, "flag"
     return Effective(Config().replace(changes), origins, files)
@@ -67,11 +73,16 @@ def read_config_file(path: str) -> str:
 
     Raises:
         NotFoundError: there is none.
-        UsageError: too large, or not UTF-8.
+        UsageError: no regular file, too large, or not UTF-8.
     """
     from modelp2p.daemon.config import MAX_CONFIG_BYTES
 
-    with os.fdopen(open_user_path(path, "configuration file"), "rb") as file:
+    fd = open_user_path(path, "configuration file")
+    # A FIFO nobody has written to yet reads as an empty file: that would be all defaults, and no mistake.
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UsageError(f"{path}: not a regular file")
+    with os.fdopen(fd, "rb") as file:
         data = file.read(MAX_CONFIG_BYTES + 1)
     if len(data) > MAX_CONFIG_BYTES:
         raise UsageError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")

@@ -40,6 +40,7 @@ _fetch_options = together(
     click.option("--revision", metavar="REV", help="The revision, where REF is a plain name."),
     peer_option,
     timeout_option,
+    click.option("--peers-only", "--no-web-seed", "peers_only", is_flag=True, help="Do not ask the release's web seeds."),
     click.option("--allow-code", is_flag=True, help="Also fetch pickles and code, which run with your rights."),
     click.option("--no-seed", is_flag=True, help="Do not seed it afterwards."),
     click.option("--max-up", type=Rate(), help="Upload limit of this release, such as 200M."),
@@ -55,6 +56,7 @@ class _Flags(TypedDict):
     exclude: tuple[str, ...]
     peers: tuple[str, ...]
     timeout_s: int | None
+    peers_only: bool
     allow_code: bool
     no_seed: bool
     max_up: int | None
@@ -149,6 +151,7 @@ def _args_of(flags: _Flags) -> Map:
     }
     # What is left out is the daemon's default.
     optional: Map = {"timeout_s": flags["timeout_s"], "max_up": flags["max_up"], "max_down": flags["max_down"]}
+    optional["peers_only"] = flags["peers_only"] or None
     return args | {key: value for key, value in optional.items() if value is not None}
 
 

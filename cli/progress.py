@@ -40,19 +40,24 @@ class Situation:
     rate_up: int = 0
     peers: int | None = None
     note: str = ""
+    web: int = 0
+    """Bytes of it that came from web seeds."""
+    origin: str = ""
+    """Why a web seed is not asked now."""
     files: str = ""
 
     def update(self, event: Map) -> None:
         """Take over what an event says; what it leaves out stays, except across phases."""
         phase = event.get("phase", self.phase)
         if isinstance(phase, str) and phase != self.phase:
-            self.phase, self.rate_down, self.rate_up, self.note = phase, 0, 0, ""
-        for name in ("done", "total", "rate_down", "rate_up", "peers"):
+            self.phase, self.rate_down, self.rate_up, self.note, self.origin = phase, 0, 0, "", ""
+        for name in ("done", "total", "rate_down", "rate_up", "peers", "web"):
             value = event.get(name)
             if type(value) is int:
                 setattr(self, name, value)
-        if isinstance(event.get("note"), str):
-            self.note = str(event["note"])
+        for name in ("note", "origin"):
+            if isinstance(event.get(name), str):
+                setattr(self, name, event[name])
         if "files_total" in event:
             row = Row(event)
             self.files = f"{row.number('files_done')}/{row.number('files_total')} files"
@@ -64,7 +69,7 @@ class Situation:
 
     @property
     def facts(self) -> list[str]:
-        """Bytes, rates, peers, time left and the note: each only where it is known."""
+        """Bytes, rates, peers, time left, the note and what a web seed waits for: each only where it is known."""
         facts = []
         if self.total:
             facts.append(f"{size_text(self.done)} of {size_text(self.total)}")
@@ -74,9 +79,11 @@ class Situation:
             facts.append(f"up {rate_text(self.rate_up)}")
         if self.peers is not None:
             facts.append("1 peer" if self.peers == 1 else f"{self.peers} peers")
+        if self.web:
+            facts.append(f"{size_text(self.web)} from the web")
         if self.rate_down and self.done < self.total:
             facts.append(f"{duration_text((self.total - self.done) / self.rate_down)} left")
-        return [fact for fact in (*facts, self.files, printable(self.note)) if fact]
+        return [fact for fact in (*facts, self.files, printable(self.note), printable(self.origin)) if fact]
 
     @property
     def line(self) -> str:

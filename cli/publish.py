@@ -57,6 +57,7 @@ _HUB = "https://huggingface.co"
 @click.option("--base", "bases", multiple=True, metavar="RELATION=REF", help="What it was made from: finetune=org/model.")
 @click.option("--origin", metavar="REPO@COMMIT", help="The repository and commit the files were taken from.")
 @click.option("--web-seed", "web_seeds", multiple=True, metavar="URL", help="An HTTPS copy of the files; may be repeated.")
+@click.option("--no-web-seed", is_flag=True, help="With --from-hf: do not name the Hub as an HTTPS copy.")
 @click.option("--tracker", "trackers", multiple=True, metavar="URL", help="A tracker to announce to; may be repeated.")
 @click.option("--sequence", type=click.IntRange(min=1), help="The statement's number; default: one more than the last.")
 @click.option("--no-seed", is_flag=True, help="Store it without seeding.")
@@ -78,6 +79,7 @@ def publish(
     bases: Sequence[str],
     origin: str | None,
     web_seeds: Sequence[str],
+    no_web_seed: bool,
     trackers: Sequence[str],
     sequence: int | None,
     no_seed: bool,
@@ -92,6 +94,8 @@ def publish(
         raise click.UsageError("give either DIRECTORY or --from-hf")
     if from_hf is not None and (include or exclude or origin is not None):
         raise click.UsageError("--from-hf publishes a commit as it is: it does not go with --include, --exclude or --origin")
+    if no_web_seed and from_hf is None:
+        raise click.UsageError("--no-web-seed goes with --from-hf: a folder gets no web seed by itself")
     snapshot = None if from_hf is None else find_snapshot(cache_folder(app.environ, cache_dir), from_hf)
     if name is None and snapshot is None:
         raise click.UsageError("--as is missing: say which name the folder gets")
@@ -122,7 +126,8 @@ def publish(
         args["origin"] = _origin(origin)
     if snapshot is not None:
         args["origin"] = {"repo": str(snapshot.name), "commit": snapshot.commit}
-        args["web_seeds"] = list(dict.fromkeys((*web_seeds, f"{_HUB}/{snapshot.name}/resolve/")))
+        hub = () if no_web_seed else (f"{_HUB}/{snapshot.name}/resolve/",)
+        args["web_seeds"] = list(dict.fromkeys((*web_seeds, *hub)))
     started = time.monotonic()
     with daemon(app) as client:
         args["lineage"] = [_lineage(client, base) for base in bases]

@@ -98,5 +98,5 @@ def _lines(result: Row, *, quiet: bool) -> list[str]:
     ]
     headers = ("NAME", "REVISION", "STATE", "VERIFIED", "SIZE", "DOWN", "UP", "PEERS", "UPLOADED")
     lines += table(headers, rows, right="VERIFIED SIZE DOWN UP PEERS UPLOADED")
-    errors = [(item.text("name"), item.text("error", "")) for item in releases]
+    errors = [(item.text("name"), item.text(key, "")) for item in releases for key in ("error", "origin")]
     return [*lines, *(printable(f"{name}: {error}") for name, error in errors if error)]

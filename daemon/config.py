@@ -13,6 +13,7 @@ Spec: TOML 1.0, https://toml.io/en/v1.0.0
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -36,8 +37,10 @@ from modelp2p.daemon.settings import (
     size,
     text,
     toml_value,
+    web_host,
 )
 from modelp2p.protocol.errors import UsageError
+from modelp2p.protocol.webseeds import PATIENCE_S
 
 Origin = Literal["default", "file", "flag"]
 
@@ -86,7 +89,7 @@ class _Section:
         return tuple(item.name for item in fields(cls))  # type: ignore[arg-type]  # every subclass is a dataclass
 
     def __post_init__(self) -> None:
-        section = type(self).__name__.lower()
+        section = self.section()
         for item in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             value = item.metadata["read"](getattr(self, item.name), f"{section}.{item.name}")
             object.__setattr__(self, item.name, value)
@@ -113,7 +116,7 @@ class Network(_Section):
     peers: tuple[str, ...] = setting((), listed(address()))
     """`host:port` of nodes that are offered to every swarm."""
     peers_file: str = setting("", text)
-    """A file with one `host:port` a line, read at start; empty is none."""
+    """A file with one `host:port` a line, read with the configuration; empty is none."""
     max_up: int = setting(0, rate)
     """Upload limit of this node in bytes per second; 0 is unlimited."""
     max_down: int = setting(0, rate)
@@ -200,6 +203,34 @@ class Gateway(_Section):
 
 
 @dataclass(frozen=True, slots=True)
+class PublicHttp(_Section):
+    """HTTP for everybody: complete releases of trusted names as a web seed, their bundles, and their publishers."""
+
+    enabled: bool = setting(False, boolean)
+    """Whether a daemon in the foreground, or a service, listens for everybody."""
+    listen: tuple[str, ...] = setting((f"127.0.0.1:{DEFAULT_PUBLIC_HTTP_PORT}",), listed(bound))
+    """Addresses it listens on, without TLS: that is a proxy's. Port 0 picks a free one; any other never moves."""
+    hosts: tuple[str, ...] = setting((), listed(host_name))
+    """Names it is called by, such as that of the proxy. IP addresses and `localhost` are always answered."""
+    proxies: tuple[str, ...] = setting(("127.0.0.1", "::1"), listed(ip))
+    """Where reverse proxies connect from: every other address may hold 16 connections at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class WebSeeds(_Section):
+    """Copies on web servers that signed manifests name: asked where peers deliver nothing, and never believed."""
+
+    enabled: bool = setting(True, boolean)
+    """Whether this node asks any. `HF_HUB_OFFLINE=1` in the daemon's environment is `false`."""
+    hosts: tuple[str, ...] = setting((), listed(web_host))
+    """`host` or `host:port` that may be asked without encryption, and at a private address, such as a mirror of the site."""
+    token_file: str = setting("", text)
+    """A file with the token that `gateway.origin` is shown, and nobody else; empty is none."""
+    patience_s: float = setting(PATIENCE_S, seconds)
+    """Seconds for which peers may deliver nothing before web seeds are asked."""
+
+
+@dataclass(frozen=True, slots=True)
 class Log(_Section):
     """What the daemon says on stderr."""
 
@@ -218,6 +249,8 @@ class Config:
     hashing: Hashing = field(default_factory=Hashing)
     control: Control = field(default_factory=Control)
     gateway: Gateway = field(default_factory=Gateway)
+    public_http: PublicHttp = field(default_factory=PublicHttp)
+    web_seeds: WebSeeds = field(default_factory=WebSeeds)
     log: Log = field(default_factory=Log)
 
     def get(self, key: str) -> object:
@@ -254,7 +287,7 @@ class Described(NamedTuple):
 
 
 _SECTIONS: Mapping[str, type[_Section]] = {
-    kind.__name__.lower(): kind for kind in (Network, Store, Policy, Fetch, Hashing, Control, Gateway, Log)
+    kind.section(): kind for kind in (Network, Store, Policy, Fetch, Hashing, Control, Gateway, PublicHttp, WebSeeds, Log)
 }
 KEYS: tuple[str, ...] = tuple(f"{section}.{name}" for section, kind in _SECTIONS.items() for name in kind.names())
 

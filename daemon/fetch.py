@@ -25,9 +25,10 @@ from modelp2p.daemon.manifest_swarm import fetch_statement
 from modelp2p.daemon.space import free_bytes
 from modelp2p.daemon.transfer import Transfer
 from modelp2p.daemon.watching import turn
+from modelp2p.daemon.web_seeding import web_seeding_of
 from modelp2p.protocol import codec, layout
 from modelp2p.protocol import engine_wire as wire
-from modelp2p.protocol.errors import ModelP2PError, NotFoundError, PolicyError, UsageError
+from modelp2p.protocol.errors import ModelP2PError, NotFoundError, PolicyError, TimedOutError, UsageError
 from modelp2p.protocol.journal import Selection
 from modelp2p.protocol.kinds import kind_of
 from modelp2p.protocol.publisher import decode_chain
@@ -354,6 +355,8 @@ class _Work:
         # 0 is no wish: a limit that was set for this release stays.
         shared.max_up, shared.max_down = self.request.max_up or shared.max_up, self.request.max_down or shared.max_down
         shared.error = ""
+        node, release = self.node, self.folder.release
+        web = web_seeding_of(node.swarm, node.relay, release, node.config, peers_only=self.request.peers_only)
         transfer = Transfer(
             self.folder,
             self.node.swarm,
@@ -364,12 +367,15 @@ class _Work:
             lambda: self.node.spec_of(self.folder, self.wanted),
             self._progress,
             self.node.pool.worker_limit,
+            web,
         )
         shared.transfer = transfer
         self.node.route(shared.info_hash, transfer.handle)
         try:
             await transfer.run()
         except ModelP2PError as exc:
+            if isinstance(exc, TimedOutError) and (reason := web.reason):
+                exc.hint = f"{exc.hint} Web seeds: {reason}."
             shared.error = exc.message
             log.warning("%s: %s", self.folder.release.ref, exc.message)
             raise
@@ -378,11 +384,10 @@ class _Work:
             self.node.unroute(shared.info_hash)
             self.node.note(self.folder)
             traffic = transfer.traffic
-            self.from_web = traffic.web
-            self.from_peers = max(0, traffic.down - traffic.web - traffic.wasted)
+            self.from_web, self.from_peers = web.from_web, web.from_peers
             log.info(
-                "%s: %d bytes proven, %d from peers, %d wasted, %d looks too early",
-                self.folder.release.ref, transfer.proven_bytes, self.from_peers, traffic.wasted, transfer.reread,
+                "%s: %d bytes proven, %d from peers, %d from web seeds, %d wasted, %d looks too early",
+                release.ref, transfer.proven_bytes, self.from_peers, self.from_web, traffic.wasted, transfer.reread,
             )  # fmt: skip
 
     def _progress(self) -> None:
@@ -404,6 +409,8 @@ class _Work:
                 "rate_down": status.rate_down if status else 0,
                 "rate_up": status.rate_up if status else 0,
                 "peers": status.peers if status else 0,
+                "web": transfer.web.from_web,
+                "origin": transfer.web.reason,
             }
         )
 

@@ -58,6 +58,7 @@ def job_of(resolved: Resolved, request: FetchRequest, default_timeout_s: float) 
         request.seed,
         request.max_up,
         request.max_down,
+        request.peers_only,
     )
 
 
@@ -224,4 +225,5 @@ class Jobs:
             seed=job.seed,
             max_up=job.max_up,
             max_down=job.max_down,
+            peers_only=job.peers_only,
         )

@@ -1,6 +1,6 @@
 """The composition root: builds one daemon from a home and a configuration, and takes it down in order.
 
-Start: lock, store, library, hash workers, swarm, control socket, gateway, detached fetches, `READY`. End (SIGTERM, SIGINT,
+Start: lock, store, library, hash workers, swarm, control socket, HTTP, detached fetches, `READY`. End (SIGTERM, SIGINT,
 `stop`, or idle on demand): clients are cut off, transfers leave the swarm, the engine gets up to 5 s, and the process exits 0.
 All resume state is in the journals before that, so `kill -9` at any moment loses nothing that was proven.
 """
@@ -14,15 +14,16 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
 from modelp2p.daemon.accounts import public_gate
 from modelp2p.daemon.cleaning import remove_abandoned_publishes
 from modelp2p.daemon.client import build
-from modelp2p.daemon.config import Config, parse_peers_file
 from modelp2p.daemon.control import ControlServer
 from modelp2p.daemon.diskerror import on_disk
 from modelp2p.daemon.files import atomic_symlink
@@ -43,7 +44,9 @@ from modelp2p.daemon.supervisor import EngineFolders, EngineSwarm
 from modelp2p.protocol import layout
 from modelp2p.protocol.engine_wire import EngineSettings
 from modelp2p.protocol.errors import ModelP2PError
-from modelp2p.protocol.links import PeerAddress
+
+if TYPE_CHECKING:
+    from modelp2p.daemon.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +116,7 @@ async def _run(home: Path, config: Config, given: Surroundings) -> int:
             swarm = EngineSwarm(_engine_settings(config), _engine_folders(home))
             workers = config.hashing.workers or len(os.sched_getaffinity(0))
             async with HashPool(workers=workers) as pool, trio.open_nursery() as nursery:
-                node = Node(store, library, swarm, pool, config, _configured_peers(config))
+                node = Node(store, library, swarm, pool, config, configured_peers(config))
                 node.restore()
                 remove_abandoned_publishes(node)
                 try:
@@ -131,6 +134,7 @@ async def _run(home: Path, config: Config, given: Surroundings) -> int:
 async def _serve(node: Node, nursery: trio.Nursery, address: Path, given: Surroundings) -> None:
     """Run everything until somebody says stop."""
     stop = trio.Event()
+    ready = trio.Event()
     notifier = Notifier(given.notify_socket)
     await nursery.start(node.swarm.run)
     async with trio.open_nursery() as inner:
@@ -160,6 +164,7 @@ async def _serve(node: Node, nursery: trio.Nursery, address: Path, given: Surrou
             service.take_up_jobs()
         _say_ready(given, node, port)
         notifier.tell(f"READY=1\nSTATUS=port {port}, {len(node.shared)} releases")
+        ready.set()
         inner.start_soon(notifier.keep_alive)
         await stop.wait()
         notifier.tell("STOPPING=1")
@@ -260,14 +265,6 @@ def _engine_settings(config: Config) -> EngineSettings:
 
 def _engine_folders(home: Path) -> EngineFolders:
     return EngineFolders(str(home / layout.DATA), (str(home / layout.STORE), str(home / layout.MANIFESTS)))
-
-
-def _configured_peers(config: Config) -> list[PeerAddress]:
-    lines = list(config.network.peers)
-    if config.network.peers_file:
-        with on_disk(f"cannot read the peers file {config.network.peers_file}"):
-            lines += parse_peers_file(Path(config.network.peers_file).read_text(encoding="utf-8"))
-    return [PeerAddress.parse(line) for line in lines]
 
 
 def _raise_descriptor_limit() -> None:

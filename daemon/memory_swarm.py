@@ -5,7 +5,7 @@ Invariants:
 - it is deterministic: pieces go by priority then number, from the peer with the lowest address, one at a time;
 - it does only what it is told: faults are switched on by the test, each once.
 
-It knows no rates (limits are only remembered) and no hashes: a piece is bad where the test said so.
+It knows no rates and no web (limits and web seeds are only remembered) and no hashes: a piece is bad where the test said so.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ class MemorySwarm:
     def __init__(self, network: MemoryNetwork, host: str, port: int, *, refused: bool) -> None:
         self.address = (host, port)
         self.limits: dict[bytes | None, tuple[int, int]] = {}
+        self.web_seeds: dict[bytes, tuple[str, ...]] = {}
+        self.connections = 0
         self._network = network
         self._refused = refused
         self._tell, self._events = trio.open_memory_channel[Event](MAX_WAITING_EVENTS)
@@ -138,8 +140,9 @@ class MemorySwarm:
 
     async def remove(self, info_hash: bytes) -> None:
         torrent = self._torrents.pop(info_hash, None)
+        self.web_seeds.pop(info_hash, None)
         if torrent is not None:
-            self._say(Removed(info_hash, torrent.down, torrent.up, 0, torrent.wasted))
+            self._say(Removed(info_hash, torrent.down, torrent.up, torrent.wasted))
 
     async def connect(self, info_hash: bytes, peers: Iterable[Peer]) -> None:
         if info_hash in self._torrents:
@@ -158,6 +161,10 @@ class MemorySwarm:
             torrent.priorities |= priorities
             torrent.finished = False
             self.wake()
+
+    async def set_web_seeds(self, info_hash: bytes, urls: Iterable[str]) -> None:
+        if info_hash in self._torrents:
+            self.web_seeds[info_hash] = tuple(urls)
 
     async def set_limits(self, info_hash: bytes | None, up: int, down: int) -> None:
         self.limits[info_hash] = (up, down)
@@ -204,6 +211,7 @@ class MemorySwarm:
         """The engine is gone now; another one comes after `BACKOFF_S`."""
         self._dead_because = reason
         self._torrents.clear()
+        self.web_seeds.clear()
         self._pending.clear()
         self._network.wake_all()
 
@@ -346,4 +354,4 @@ class MemorySwarm:
             PeerStatus(f"{node.address[0]}:{node.address[1]}", "memory", 0, 0, share_of(other), "peer") for node, other in sources
         )
         seeds = sum(share_of(other) == 1000 for _, other in sources)
-        return TorrentStatus(info_hash, 0, 0, len(sources), seeds, torrent.down, torrent.up, 0, torrent.wasted, listed)
+        return TorrentStatus(info_hash, 0, 0, len(sources), seeds, torrent.down, torrent.up, torrent.wasted, listed)

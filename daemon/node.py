@@ -172,6 +172,7 @@ class Node:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._watch)
+                await nursery.start(self.relay.run)
                 task_status.started()
                 async for event in self.swarm.events:
                     await self._route(event)

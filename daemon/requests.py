@@ -64,6 +64,8 @@ class FetchRequest:
     max_down: int = 0
     is_strangers: bool = False
     """It came by the public socket: it may add to what is here, and not change how the owner has it."""
+    peers_only: bool = False
+    """No web seed is asked."""
 
     @classmethod
     def decode(cls, args: Map, target: Target, default_timeout_s: float) -> FetchRequest:
@@ -82,6 +84,7 @@ class FetchRequest:
                 "detach",
                 "max_up",
                 "max_down",
+                "peers_only",
             ]
         )
         for key in args:
@@ -99,6 +102,7 @@ class FetchRequest:
             flag(args, "detach"),
             rate(args, "max_up"),
             rate(args, "max_down"),
+            peers_only=flag(args, "peers_only"),
         )
 
 

@@ -52,6 +52,7 @@ from modelp2p.protocol.engine_wire import (
     SetLimits,
     SetPiecePriorities,
     SetWanted,
+    SetWebSeeds,
     Throttle,
     TorrentSpec,
     check_hello,
@@ -157,6 +158,9 @@ class EngineSwarm:
 
     async def set_piece_priorities(self, info_hash: bytes, priorities: Mapping[int, int]) -> None:
         await self._send(SetPiecePriorities(info_hash, tuple(priorities), bytes(priorities.values())))
+
+    async def set_web_seeds(self, info_hash: bytes, urls: Iterable[str]) -> None:
+        await self._send(SetWebSeeds(info_hash, tuple(urls)))
 
     async def set_limits(self, info_hash: bytes | None, up: int, down: int) -> None:
         if info_hash is None:

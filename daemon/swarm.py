@@ -79,6 +79,12 @@ class Swarm(Protocol):
     async def set_piece_priorities(self, info_hash: bytes, priorities: Mapping[int, int]) -> None:
         """The priority, 0 (never) to 7 (first), of some pieces; the others keep theirs. `set_wanted` resets all."""
 
+    async def set_web_seeds(self, info_hash: bytes, urls: Iterable[str]) -> None:
+        """Exactly these web seeds (BEP 19) from now on; the same again gives each of them another chance.
+
+        `WebSeedFailed` names one that did not deliver, or is banned for bytes that are not those of the torrent.
+        """
+
     async def set_limits(self, info_hash: bytes | None, up: int, down: int) -> None:
         """Rates in bytes per second, 0 for none, of a torrent or (None) of the node; local peers count like others."""
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from modelp2p.daemon.folder import ReleaseFolder
     from modelp2p.daemon.hashing import HashPool
     from modelp2p.daemon.swarm import Swarm
+    from modelp2p.daemon.web_seeding import WebSeeding
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +49,16 @@ class Traffic:
     down: int = 0
     up: int = 0
     wasted: int = 0
-    web: int = 0
-    _base: tuple[int, int, int, int] = (0, 0, 0, 0)
+    _base: tuple[int, int, int] = (0, 0, 0)
 
     def update(self, status: wire.TorrentStatus | wire.Removed) -> None:
         """Take over the engine's counters, which start at zero with each `add`."""
-        down, up, wasted, web = self._base
-        self.down, self.up = down + status.payload_down, up + status.payload_up
-        self.wasted, self.web = wasted + status.wasted, web + status.web_down
+        down, up, wasted = self._base
+        self.down, self.up, self.wasted = down + status.payload_down, up + status.payload_up, wasted + status.wasted
 
     def restart(self) -> None:
         """The engine's counters will start at zero again."""
-        self._base = (self.down, self.up, self.wasted, self.web)
+        self._base = (self.down, self.up, self.wasted)
 
 
 @dataclass(slots=True)
@@ -68,7 +67,9 @@ class Transfer:
 
     Args:
         folder: where the bytes go; staged already.
+        timeout_s: give up after this long without a newly proven byte; None never. With 0 nobody is asked for anything.
         make_spec: the torrent spec for the folder's current state.
+        web: who else than peers delivers.
         on_progress: called after every step.
     """
 
@@ -81,6 +82,7 @@ class Transfer:
     make_spec: Callable[[], wire.TorrentSpec]
     on_progress: Callable[[], None]
     workers: int
+    web: WebSeeding
     traffic: Traffic = field(default_factory=Traffic)
     status: wire.TorrentStatus | None = None
     reread: int = 0
@@ -136,16 +138,19 @@ class Transfer:
                 self._is_in_swarm = False
                 await self._send.send(step.EngineLost())
             case wire.EngineRestarted():
-                await self._add()
+                if self._needs_swarm():
+                    await self._add()
                 # Whatever was told the dead engine, a hold for one, the new one has not heard.
                 await self._send.send(step.EngineLost())
             case wire.TorrentStatus():
                 self.status = event
-                self.traffic.update(event)
+                self._count(event)
                 self.on_progress()
             case wire.Removed():
-                self.traffic.update(event)
+                self._count(event)
                 self._gone.set()
+            case wire.WebSeedFailed():
+                self.web.failed(event)
             case wire.PeerBanned(address=address):
                 log.warning("%s: peer %s sent wrong bytes and was banned", self.folder.release.ref, address)
             case _:
@@ -163,6 +168,7 @@ class Transfer:
                 effects = self._machine.start(trio.current_time())
                 if not self._machine.is_over and self._needs_swarm():
                     await self._add()
+                    nursery.start_soon(self.web.run)
                 while True:
                     for path, pieces in self._batches(effects):
                         nursery.start_soon(self._prove, path, pieces)
@@ -184,9 +190,10 @@ class Transfer:
                     self.pool.flat_drop(self._key(path))
                 if self._is_in_swarm:
                     await self._leave()
+                await self.web.aclose()
 
     def _needs_swarm(self) -> bool:
-        return self._machine.proven_bytes < self._machine.wanted_bytes
+        return self.timeout_s != 0 and self._machine.proven_bytes < self._machine.wanted_bytes
 
     async def _next_event(self) -> step.Event:
         # What already happened comes before the clock: a deadline that has passed must not starve the queue.
@@ -210,6 +217,7 @@ class Transfer:
                 nursery.start_soon(self._finish, path)
             case step.Hold(on):
                 log.debug("hold %s at %r", on, self._machine)
+                self.web.hold(on)
                 await self.swarm.throttle(self.info_hash, on)
             case step.Flush():
                 await self.swarm.flush(self.info_hash)
@@ -238,6 +246,11 @@ class Transfer:
         self._is_in_swarm = True
         await self.swarm.add(self.make_spec())
         self.lives += 1
+        self.web.added()
+
+    def _count(self, status: wire.TorrentStatus | wire.Removed) -> None:
+        self.traffic.update(status)
+        self.web.count(self.traffic.down, self.traffic.wasted)
 
     @property
     def _pieces_at_once(self) -> int:

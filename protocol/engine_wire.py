@@ -76,7 +76,6 @@ class TorrentSpec(_Checked):
     have: bytes
     peers: tuple[Peer, ...] = ()
     trackers: tuple[str, ...] = ()
-    web_seeds: tuple[str, ...] = ()
     max_up: int = 0
     max_down: int = 0
     sequential: bool = False
@@ -172,6 +171,14 @@ class SetPiecePriorities(_Checked):
 
 
 @dataclass(frozen=True, slots=True)
+class SetWebSeeds(_Checked):
+    """Exactly these web seeds (BEP 19) from now on; the same again gives each of them another chance."""
+
+    info_hash: bytes
+    urls: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SetLimits(_Checked):
     """Rate limits of one torrent, or of the whole node where `info_hash` is None."""
 
@@ -181,18 +188,18 @@ class SetLimits(_Checked):
 
 
 @dataclass(frozen=True, slots=True)
+class SetConnections:
+    """Most peer connections at once, over all torrents; those beyond it are closed."""
+
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
 class Throttle(_Checked):
     """Hold the download of a torrent nearly still, or let it go on at its limit."""
 
     info_hash: bytes
     held: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SetConnections:
-    """Most peer connections at once, over all torrents; those beyond it are closed."""
-
-    limit: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +260,16 @@ class PeerBanned(_Checked):
 
     info_hash: bytes
     address: str
+
+
+@dataclass(frozen=True, slots=True)
+class WebSeedFailed(_Checked):
+    """A web seed did not deliver, or (`is_banned`) sent bytes that are not those of the torrent; `url` as it was set."""
+
+    info_hash: bytes
+    url: str
+    message: str
+    is_banned: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +357,6 @@ class Removed(_Checked):
     info_hash: bytes
     payload_down: int
     payload_up: int
-    web_down: int
     wasted: int
 
 
@@ -362,7 +378,18 @@ class EngineRestarted:
 
 
 Command: TypeAlias = (
-    Configure | Add | AddMagnet | Remove | Connect | SetWanted | SetPiecePriorities | SetLimits | Throttle | Flush
+    Configure
+    | Add
+    | AddMagnet
+    | Remove
+    | Connect
+    | SetWanted
+    | SetPiecePriorities
+    | SetWebSeeds
+    | SetLimits
+    | SetConnections
+    | Throttle
+    | Flush
 )
 Event: TypeAlias = (
     Listening
@@ -371,6 +398,7 @@ Event: TypeAlias = (
     | PiecesFinished
     | PieceFailed
     | PeerBanned
+    | WebSeedFailed
     | PeerUnresolved
     | MetadataReceived
     | FileFailed

@@ -21,7 +21,7 @@ from modelp2p.protocol.errors import FormatError
 from modelp2p.protocol.links import Link, PeerAddress, parse_link
 
 if TYPE_CHECKING:
-    from modelp2p.protocol.codec import Value
+    from modelp2p.protocol.codec import Map, Value
 
 MAGIC = b"MP2PJOB\n"
 VERSION = 1
@@ -47,6 +47,7 @@ _FIELDS = frozenset(
         "seed",
         "max_up",
         "max_down",
+        "peers_only",
     }
 )
 
@@ -69,6 +70,8 @@ class Job:
     seed: bool = True
     max_up: int = 0
     max_down: int = 0
+    peers_only: bool = False
+    """No web seed is asked; written only where it is so, because jobs that an earlier version kept have no such field."""
 
     def __post_init__(self) -> None:
         if len(self.info_hash) != 32 or len(self.statement) != 32:
@@ -105,22 +108,23 @@ def encode_job(job: Job) -> bytes:
     include: list[Value] = list(job.include)
     exclude: list[Value] = list(job.exclude)
     peers: list[Value] = [str(peer) for peer in job.peers]
-    return MAGIC + codec.pack(
-        {
-            "v": VERSION,
-            "info_hash": job.info_hash,
-            "statement": job.statement,
-            "link": "" if job.link is None else str(job.link),
-            "include": include,
-            "exclude": exclude,
-            "peers": peers,
-            "timeout_s": job.timeout_s,
-            "allow_code": job.allow_code,
-            "seed": job.seed,
-            "max_up": job.max_up,
-            "max_down": job.max_down,
-        }
-    )
+    fields: Map = {
+        "v": VERSION,
+        "info_hash": job.info_hash,
+        "statement": job.statement,
+        "link": "" if job.link is None else str(job.link),
+        "include": include,
+        "exclude": exclude,
+        "peers": peers,
+        "timeout_s": job.timeout_s,
+        "allow_code": job.allow_code,
+        "seed": job.seed,
+        "max_up": job.max_up,
+        "max_down": job.max_down,
+    }
+    if job.peers_only:
+        fields["peers_only"] = True
+    return MAGIC + codec.pack(fields)
 
 
 def decode_job(data: bytes) -> Job:
@@ -149,6 +153,7 @@ def decode_job(data: bytes) -> Job:
         codec.take(source, "seed", bool, "job"),
         codec.take_uint(source, "max_up", maximum=MAX_RATE, where="job"),
         codec.take_uint(source, "max_down", maximum=MAX_RATE, where="job"),
+        "peers_only" in source and codec.take(source, "peers_only", bool, "job"),
     )
     if encode_job(job) != data:
         # Links and addresses can be spelt in several ways; a job is spelt in one.

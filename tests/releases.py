@@ -45,7 +45,9 @@ def publisher(word: str = "lab") -> Publisher:
     return Publisher(release, make_solo_root(release, pointer, expires))
 
 
-def statement_of(files: Mapping[str, bytes], *, name: str = NAME, sequence: int = 1, by: str = "lab") -> Statement:
+def statement_of(
+    files: Mapping[str, bytes], *, name: str = NAME, sequence: int = 1, by: str = "lab", web_seeds: tuple[str, ...] = ()
+) -> Statement:
     """A signed statement that these files are the release `name`."""
     leaves = {path: leaf_hashes(data) for path, data in files.items()}
     entries = tuple(
@@ -55,7 +57,9 @@ def statement_of(files: Mapping[str, bytes], *, name: str = NAME, sequence: int 
     piece_length = torrent.piece_length_for(sum(entry.size for entry in entries))
     revision = content_revision(entries)
     info_hash = torrent.info_hash(payload_info(revision, entries, piece_length))
-    manifest = Manifest(ModelName.parse(name), revision, 1_700_000_000, sequence, info_hash, piece_length, entries)
+    manifest = Manifest(
+        ModelName.parse(name), revision, 1_700_000_000, sequence, info_hash, piece_length, entries, web_seeds=web_seeds
+    )
     layers = {entry.root: piece_layer(leaves[entry.path], piece_length) for entry in entries if entry.size > piece_length}
     payload = encode_manifest(manifest)
     signer = publisher(by)

@@ -38,6 +38,7 @@ HOMES = {
     "torch": ("loader/",),
     "trio": ("daemon/",),
     "h11": ("daemon/",),
+    "httpcore2": ("daemon/origin.py",),
     "click": ("cli/",),
     "rich": ("cli/",),
     "platformdirs": ("cli/", "daemon/"),

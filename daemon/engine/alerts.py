@@ -23,8 +23,10 @@ from modelp2p.protocol.engine_wire import (
     PeerStatus,
     PieceFailed,
     PiecesFinished,
+    SessionStatus,
     TorrentStatus,
     TransferFinished,
+    WebSeedFailed,
 )
 from modelp2p.protocol.text import printable
 
@@ -72,15 +74,6 @@ class StatusUpdates:
 
 
 @dataclass(frozen=True, slots=True)
-class PeerReport:
-    """The peers of one torrent: `web_total` maps each web seed to the payload bytes it has sent on its connection."""
-
-    info_hash: bytes
-    peers: tuple[PeerStatus, ...]
-    web_total: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
 class SocketOpened:
     """One listen socket; only TCP ones are told apart by users."""
 
@@ -118,6 +111,8 @@ def copy_alert(alert: lt.alert) -> Copied | None:
             return PieceFailed(_hash_of(alert), alert.piece_index)
         case lt.peer_ban_alert():
             return PeerBanned(_hash_of(alert), join_address(*alert.endpoint))
+        case lt.url_seed_alert():
+            return WebSeedFailed(_hash_of(alert), alert.server_url(), printable(alert.error_message()), False)
         case lt.file_error_alert():
             return FileFailed(_hash_of(alert), alert.filename(), _message(alert.error), alert.error.value() in _NO_SPACE)
         case lt.fastresume_rejected_alert():
@@ -165,18 +160,15 @@ def status_of(status: lt.torrent_status) -> TorrentStatus:
     )
 
 
-def report_peers(info_hash: bytes, handle: lt.torrent_handle) -> PeerReport:
-    """The peers of a torrent now.
+def peers_of(handle: lt.torrent_handle) -> tuple[PeerStatus, ...]:
+    """The peers of a torrent now, the fastest first.
 
     A round trip through the network thread, once a second for each torrent that changed: the asynchronous
     `peer_info_alert` carries a vector for which the 2.1.1 binding has no converter.
     """
     infos = handle.get_peer_info()
     ranked = sorted(infos, key=lambda info: info.payload_down_speed + info.payload_up_speed, reverse=True)
-    web = {
-        join_address(*info.ip): info.total_download for info in infos if info.connection_type != lt.peer_info.standard_bittorrent
-    }
-    return PeerReport(info_hash, tuple(_peer(info) for info in ranked[:MAX_LISTED_PEERS]), web)
+    return tuple(_peer(info) for info in ranked[:MAX_LISTED_PEERS])
 
 
 def _peer(info: lt.peer_info) -> PeerStatus:

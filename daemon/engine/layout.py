@@ -60,7 +60,6 @@ def torrent_params(spec: TorrentSpec, *, pex: bool) -> lt.add_torrent_params:
     params.file_priorities = priorities
     params.have_pieces = unpack_bits(spec.have, layout.num_pieces())
     params.upload_limit, params.download_limit = spec.max_up, spec.max_down
-    params.url_seeds = list(spec.web_seeds)
     _fill(params, spec, pex)
     if spec.sequential:
         params.flags |= lt.torrent_flags.sequential_download
@@ -115,6 +114,7 @@ def _fill(params: lt.add_torrent_params, spec: TorrentSpec | MagnetSpec, pex: bo
     params.trackers = list(spec.trackers)
     params.tracker_tiers = [0] * len(spec.trackers)
     params.dht_nodes = []
+    params.url_seeds = []
     # Written out, not taken from the defaults: `auto_managed` would queue and pause.
     flags = lt.torrent_flags
     params.flags = flags.update_subscribe | flags.apply_ip_filter | flags.duplicate_is_error

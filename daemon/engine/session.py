@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import assert_never
+from urllib.parse import urlsplit
 
 import libtorrent as lt
 
@@ -20,14 +21,13 @@ from modelp2p.daemon.engine import layout
 from modelp2p.daemon.engine.alerts import (
     FilesChecked,
     MetadataArrived,
-    PeerReport,
     SocketOpened,
     StatusUpdates,
     TorrentAdded,
     TorrentGone,
     copy_alert,
     join_address,
-    report_peers,
+    peers_of,
     status_of,
 )
 from modelp2p.daemon.engine.settings import clamp_rate, libtorrent_settings, uses_pex
@@ -48,7 +48,7 @@ from modelp2p.protocol.engine_wire import (
     Listening,
     MagnetSpec,
     MetadataReceived,
-    PeerStatus,
+    PeerBanned,
     PiecesFinished,
     Remove,
     Removed,
@@ -57,17 +57,23 @@ from modelp2p.protocol.engine_wire import (
     SetLimits,
     SetPiecePriorities,
     SetWanted,
+    SetWebSeeds,
     Throttle,
     TorrentFile,
     TorrentSpec,
     TorrentStatus,
     TransferFinished,
+    WebSeedFailed,
 )
 from modelp2p.protocol.errors import DaemonError, FormatError
 from modelp2p.protocol.text import printable
 
 THROTTLED_RATE = 1024
 """Bytes per second of a held torrent: enough that its peers do not call it dead, nothing beside 128 MiB."""
+
+
+STATS_TICKS = 10
+"""Seconds between two looks at the counters of the session."""
 
 
 @dataclass(slots=True)
@@ -90,9 +96,8 @@ class _Torrent:
     """Asked for and not yet answered; libtorrent also flushes unasked."""
     failed_paths: set[str] = field(default_factory=set)
     """Files whose failure was said: a full disk brings hundreds of alerts a second."""
-    peers: tuple[PeerStatus, ...] = ()
-    web_down: int = 0
-    web_seen: dict[str, int] = field(default_factory=dict)
+    web_seeds: set[str] = field(default_factory=set)
+    """All it ever had: libtorrent may ban one after it was taken out."""
 
 
 class Session:
@@ -111,7 +116,9 @@ class Session:
             # A full blocking socket would stop libtorrent's network thread.
             end.setblocking(False)
         # The stub knows settings as one literal dict; ours is made at run time, and `lt` refuses an unknown key itself.
-        parameters = lt.session_params(libtorrent_settings(settings))  # type: ignore[call-overload]
+        chosen = libtorrent_settings(settings)
+        self._is_in_dht = bool(chosen["enable_dht"])
+        parameters = lt.session_params(chosen)  # type: ignore[call-overload]
         parameters.disk_io_constructor = "pread_disk_io_constructor"
         self._session: lt.session | None = lt.session(parameters)
         self._bind_limits_to_everyone(self._lt)
@@ -148,7 +155,9 @@ class Session:
                 self._lt.apply_settings({"upload_rate_limit": clamp_rate(up), "download_rate_limit": clamp_rate(down)})
             case SetLimits():
                 self._to_torrent(command.info_hash or b"", command)
-            case Remove() | Connect() | SetWanted() | SetPiecePriorities() | Throttle() | Flush():
+            case SetConnections(limit):
+                self._lt.apply_settings({"connections_limit": limit})
+            case Remove() | Connect() | SetWanted() | SetPiecePriorities() | SetWebSeeds() | Throttle() | Flush():
                 self._to_torrent(command.info_hash, command)
             case _:
                 assert_never(command)
@@ -185,6 +194,8 @@ class Session:
                     pass
                 case FileFailed():
                     yield from self._file_failed(copied)
+                case PeerBanned():
+                    yield self._ban_of(copied)
                 case TransferFinished():
                     # A magnet wants no file: that it lacks none is not news.
                     if (torrent := self._torrents.get(copied.info_hash)) and isinstance(torrent.spec, TorrentSpec):
@@ -204,6 +215,10 @@ class Session:
     def tick(self) -> None:
         """Once a second: ask what changed; the answers come as events."""
         self._lt.post_torrent_updates(0)
+        if self._is_in_dht and self._ticks % STATS_TICKS == 0:
+            # Some 300 counters become a dict of Python each time: too much to do every second for one of them.
+            self._lt.post_session_stats()
+        self._ticks += 1
 
     def close(self) -> None:
         """Leaves all swarms and writes what is received; waits for libtorrent's threads."""
@@ -297,7 +312,7 @@ class Session:
             self._perform(info_hash, torrent, torrent.handle, command)
         elif isinstance(command, Remove):
             # libtorrent is taking it: were it forgotten here, its answer would be taken for that to a later add.
-            torrent.farewell = Removed(info_hash, 0, 0, 0, 0)
+            torrent.farewell = Removed(info_hash, 0, 0, 0)
             torrent.waiting.clear()
         else:
             torrent.waiting.append(command)
@@ -306,9 +321,8 @@ class Session:
         match command:
             case Remove():
                 # Status comes once a second, so the last second of a transfer would go uncounted.
-                status = self._with_peers(status_of(handle.status(0)))
-                counts = (status.payload_down, status.payload_up, status.web_down, status.wasted)
-                torrent.farewell = Removed(info_hash, *counts)
+                status = status_of(handle.status(0))
+                torrent.farewell = Removed(info_hash, status.payload_down, status.payload_up, status.wasted)
                 self._lt.remove_torrent(handle)
             case Connect(peers=peers):
                 for endpoint in layout.endpoints(peers):
@@ -325,9 +339,16 @@ class Session:
                 handle.flush_cache()
             case SetWanted(paths=paths):
                 self._set_wanted(handle, frozenset(paths))
+            case SetWebSeeds(urls=urls):
+                # All that libtorrent has, not only what it was told: a redirect leaves another one behind.
+                for url in handle.url_seeds():
+                    handle.remove_url_seed(url)
+                for url in urls:
+                    handle.add_url_seed(url)
+                torrent.web_seeds.update(urls)
             case SetPiecePriorities(pieces=pieces, priorities=priorities):
                 handle.prioritize_pieces([(piece, min(7, value)) for piece, value in zip(pieces, priorities, strict=True)])
-            case Configure() | Add() | AddMagnet():
+            case Configure() | Add() | AddMagnet() | SetConnections():
                 raise AssertionError("not a command to one torrent")
 
     @staticmethod
@@ -383,26 +404,19 @@ class Session:
             torrent.failed_paths.add(path)
             yield replace(failure, path=path)
 
+    def _ban_of(self, ban: PeerBanned) -> PeerBanned | WebSeedFailed:
+        """A ban as it was meant: libtorrent names a web seed by its address, like any other peer."""
+        torrent = self._torrents.get(ban.info_hash)
+        for url in sorted(torrent.web_seeds) if torrent else ():
+            if urlsplit(url).netloc == ban.address:
+                return WebSeedFailed(ban.info_hash, url, "sent bytes that do not match their hash", True)
+        return ban
+
     def _with_peers(self, status: TorrentStatus) -> TorrentStatus:
         torrent = self._torrents.get(status.info_hash)
         if torrent is None or torrent.handle is None or torrent.farewell is not None:
             return status
-        if status.peers:
-            self._tally(report_peers(status.info_hash, torrent.handle))
-        else:
-            torrent.peers = ()
-        return replace(status, peer_list=torrent.peers, web_down=torrent.web_down)
-
-    def _tally(self, report: PeerReport) -> None:
-        torrent = self._torrents.get(report.info_hash)
-        if torrent is None:
-            return
-        torrent.peers = report.peers
-        for address, total in report.web_total.items():
-            # A new connection to the same web seed counts from zero again.
-            seen = torrent.web_seen.get(address, 0)
-            torrent.web_down += total - seen if total >= seen else total
-        torrent.web_seen = report.web_total
+        return replace(status, peer_list=peers_of(torrent.handle) if status.peers else ())
 
     def _resync(self) -> Iterator[Event]:
         for info_hash, torrent in list(self._torrents.items()):

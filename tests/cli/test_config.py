@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,14 @@ def test_later_layers_win_and_every_origin_is_told(
     only.write_text("[fetch]\ntimeout_s = 5\n")
     body = shown(capsys, "--config", str(only))
     assert (body["values"]["network.max_up"], body["values"]["fetch.timeout_s"]) == (0, 5.0)
+
+
+def test_offline_for_the_hub_is_without_web_seeds(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    files[1].write_text("[web_seeds]\nenabled = true\n")
+    for value, is_on in (("1", False), ("true", False), ("0", True), ("", True)):
+        body = shown(capsys, env={"HF_HUB_OFFLINE": value})
+        assert body["values"]["web_seeds.enabled"] is is_on
+        assert body["origins"]["web_seeds.enabled"] == (str(files[1]) if is_on else "HF_HUB_OFFLINE")
 
 
 def test_flags_win_over_everything() -> None:
@@ -94,3 +103,6 @@ def test_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_bytes(b"\xff")
     assert modelp2p("config", "validate", str(file)) == 2
     assert modelp2p("config", "validate", str(tmp_path / "nothing")) == 3
+    os.mkfifo(tmp_path / "fifo")
+    assert modelp2p("config", "validate", str(tmp_path / "fifo")) == 2
+    assert "not a regular file" in capsys.readouterr().err

@@ -63,9 +63,21 @@ def test_a_second_fetch_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_every_flag_reaches_the_daemon() -> None:
     daemon = fetching()
-    flags = "--include *.json --include b/ --exclude *.bin --peer 127.0.0.1:16881 --peer [::1]:5 --timeout 1.5 --allow-code"
+    flags = "--include *.json --include b/ --exclude *.bin --peer 127.0.0.1:16881 --peer [::1]:5 --timeout 1.5 --no-web-seed"
     assert (
-        modelp2p("fetch", "lab/model", *flags.split(), "--no-seed", "--max-up", "200M", "--max-down", "1Ki", daemon=daemon) == 0
+        modelp2p(
+            "fetch",
+            "lab/model",
+            *flags.split(),
+            "--allow-code",
+            "--no-seed",
+            "--max-up",
+            "200M",
+            "--max-down",
+            "1Ki",
+            daemon=daemon,
+        )
+        == 0
     )
     (asked,) = daemon.asked
     assert asked.args == {
@@ -74,6 +86,7 @@ def test_every_flag_reaches_the_daemon() -> None:
         "exclude": ["*.bin"],
         "peers": ["127.0.0.1:16881", "[::1]:5"],
         "timeout_s": 2,
+        "peers_only": True,
         "allow_code": True,
         "seed": False,
         "dry_run": False,
@@ -248,8 +261,16 @@ def test_progress_never_says_100_before_it_is_true() -> None:
 
 def test_a_note_cannot_steer_the_terminal() -> None:
     situation = Situation()
-    situation.update({"phase": "a\x1b[2J", "note": "b\x07"})
-    assert situation.line == r"a\x1b[2J, b\x07"
+    situation.update({"phase": "a\x1b[2J", "note": "b\x07", "origin": "c\x1b"})
+    assert situation.line == r"a\x1b[2J, b\x07, c\x1b"
+
+
+def test_progress_says_what_came_from_the_web_and_which_web_seed_rests() -> None:
+    situation = Situation()
+    situation.update({"phase": "fetching", "peers": 0, "web": 2_000_000, "origin": "origin huggingface.co: 429 until 14:02"})
+    assert situation.line == "fetching, 0 peers, 2.0 MB from the web, origin huggingface.co: 429 until 14:02"
+    situation.update({"phase": "fetching", "origin": ""})
+    assert situation.line == "fetching, 0 peers, 2.0 MB from the web"
 
 
 @contextmanager

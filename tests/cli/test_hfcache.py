@@ -566,6 +566,12 @@ def test_a_commit_is_published_under_its_own_name_with_its_origin(tmp_path: Path
     assert {item.path for item in hfcache.decode_listing(asked.contents[1])} == set(CONTENT)
 
 
+def test_a_commit_can_be_published_without_the_hub_as_a_web_seed(tmp_path: Path) -> None:
+    daemon = Publishing().daemon
+    assert publish(cached(tmp_path, CONTENT, in_git=False), daemon, "--no-web-seed", "--web-seed", "https://a.example/") == 0
+    assert daemon.asked[0].args["web_seeds"] == ["https://a.example/"]
+
+
 def test_a_manifest_of_other_files_than_the_commit_has_is_not_signed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     publishing = Publishing()
     assert publish(cached(tmp_path, CONTENT, in_git=True), publishing.daemon) == 4
@@ -590,6 +596,7 @@ USAGE = {
     "publish a folder without a name": ("publish", "."),
     "publish a part of a commit": ("publish", "--from-hf", "a/b", "--include", "*.json"),
     "publish with another origin": ("publish", "--from-hf", "a/b", "--origin", f"a/b@{COMMIT}"),
+    "publish a folder without a web seed it has not": ("publish", ".", "--as", "a/b", "--no-web-seed"),
     "adopt neither": ("adopt", "a/b"),
     "adopt both": ("adopt", "a/b", ".", "--from-hf"),
 }

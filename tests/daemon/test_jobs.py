@@ -121,13 +121,14 @@ def test_a_job_holds_the_whole_request() -> None:
     release = verify_statement(statement_of({"a": b"a"}))
     link = replace(release.link(), trackers=("udp://tracker.example:1",), web_seeds=("https://example.org/",))
     request = FetchRequest(
-        Target(link=link), ("a*",), ("b*",), timeout_s=0.5, allow_code=True, seed=False, detach=True, max_up=1, max_down=2
-    )
+        Target(link=link), ("a*",), ("b*",), timeout_s=0.5, allow_code=True, seed=False, detach=True, max_up=1, max_down=2,
+        peers_only=True,
+    )  # fmt: skip
     job = job_of(Resolved(release, is_named=False, link=link), request, 300.0)
     assert (job.info_hash, job.statement) == (release.info_hash, release.digest)
     assert job.link == replace(link, trackers=(), web_seeds=())
     assert (job.include, job.exclude, job.timeout_s) == (("a*",), ("b*",), 1)
-    assert (job.allow_code, job.seed, job.max_up, job.max_down) == (True, False, 1, 2)
+    assert (job.allow_code, job.seed, job.max_up, job.max_down, job.peers_only) == (True, False, 1, 2, True)
     assert decode_job(encode_job(job)) == job
     by_name = job_of(Resolved(release, is_named=True), replace(request, timeout_s=None), 300.0)
     assert (by_name.link, by_name.timeout_s) == (None, 300)

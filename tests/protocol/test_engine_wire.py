@@ -24,16 +24,16 @@ FILE = wire.TorrentFile("a/b", 5, "/data/x")
 MESSAGES: tuple[wire.Message, ...] = (
     wire.Hello(1, 1, "build"),
     wire.Configure(wire.EngineSettings(dht=False, dht_bootstrap=("a:1",)), "/data", ("/store",)),
-    wire.Add(
-        wire.TorrentSpec(HASH, b"d", "/data/x", 1 << 20, (FILE,), b"\x80", (PEER,), ("udp://t",), ("https://w",), 1, 2, True)
-    ),
+    wire.Add(wire.TorrentSpec(HASH, b"d", "/data/x", 1 << 20, (FILE,), b"\x80", (PEER,), ("udp://t",), 1, 2, True)),
     wire.AddMagnet(wire.MagnetSpec(HASH, "/data/x", (PEER,))),
     wire.Remove(HASH),
     wire.Connect(HASH, (PEER, PEER)),
     wire.SetWanted(HASH, ("a", "b")),
     wire.SetPiecePriorities(HASH, (0, 7), b"\x01\x07"),
+    wire.SetWebSeeds(HASH, ("http://127.0.0.1:1/a/",)),
     wire.SetLimits(None, 0, 5),
     wire.SetLimits(HASH, 0, 5),
+    wire.SetConnections(500),
     wire.Throttle(HASH, True),
     wire.Flush(HASH),
     wire.Listening(1, ("0.0.0.0:1",), 4),
@@ -42,6 +42,7 @@ MESSAGES: tuple[wire.Message, ...] = (
     wire.PiecesFinished(HASH, (0, 2**31)),
     wire.PieceFailed(HASH, 3),
     wire.PeerBanned(HASH, "1.2.3.4:5"),
+    wire.WebSeedFailed(HASH, "http://127.0.0.1:1/a/", "no", True),
     wire.PeerUnresolved(HASH, "host", "no address"),
     wire.MetadataReceived(HASH, b"d", (FILE,)),
     wire.FileFailed(HASH, "a", "full", True),

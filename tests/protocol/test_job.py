@@ -32,7 +32,7 @@ HASH, STATEMENT = bytes(range(32)), b"s" * 32
 PEERS = (PeerAddress("127.0.0.1", 16881), PeerAddress("::1", 1), PeerAddress("seed.example", 65535))
 LINK = Link(HASH, ModelName.parse("lab/model"), b"m" * 32, PublisherId("mp1" + "a" * 52), peers=PEERS)
 PLAIN = Job(HASH, STATEMENT)
-FULL = Job(HASH, STATEMENT, LINK, ("*.safetensors", "ä/"), ("*.bin",), PEERS, MAX_TIMEOUT_S, True, False, MAX_RATE, 1)
+FULL = Job(HASH, STATEMENT, LINK, ("*.safetensors", "ä/"), ("*.bin",), PEERS, MAX_TIMEOUT_S, True, False, MAX_RATE, 1, True)
 
 jobs = st.builds(
     Job,
@@ -47,6 +47,7 @@ jobs = st.builds(
     seed=st.booleans(),
     max_up=st.integers(0, MAX_RATE),
     max_down=st.integers(0, MAX_RATE),
+    peers_only=st.booleans(),
 )
 
 
@@ -95,6 +96,8 @@ BENT: dict[str, Map] = {
     "flag as number": {"allow_code": 1},
     "rate beyond the cap": {"max_up": MAX_RATE + 1},
     "negative rate": {"max_down": -1},
+    "said though it is not so": {"peers_only": False},
+    "peers only, as a number": {"peers_only": 1},
 }
 
 
@@ -104,7 +107,13 @@ def test_bent_job_is_refused(name: str) -> None:
         decode_job(MAGIC + codec.pack(body() | BENT[name]))
 
 
-@pytest.mark.parametrize("key", sorted(body()))
+def test_a_job_of_a_version_that_knew_no_web_seeds_is_still_one() -> None:
+    old = {key: value for key, value in body().items() if key != "peers_only"}
+    assert not decode_job(MAGIC + codec.pack(old)).peers_only
+    assert encode_job(replace(FULL, peers_only=False)) == MAGIC + codec.pack(old)
+
+
+@pytest.mark.parametrize("key", sorted(body().keys() - {"peers_only"}))
 def test_every_field_is_needed(key: str) -> None:
     with pytest.raises(FormatError):
         decode_job(MAGIC + codec.pack({name: value for name, value in body().items() if name != key}))
