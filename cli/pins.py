@@ -55,7 +55,8 @@ def _mark(app: App, verb: str, ref: str) -> None:
         emit_json({key: result.source.get(key) for key in _KEYS})
         return
     now = "pinned" if result.flag("pinned") else "not pinned"
-    say(app, f"{result.ref} is {now}" + ("" if result.flag("changed") else ", as it was before"))
+    what = result.ref if "name" in result.source else f"content {result.text('info_hash')}"
+    say(app, f"{what} is {now}" + ("" if result.flag("changed") else ", as it was before"))
 
 
 def _list(app: App) -> None:

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -83,6 +84,9 @@ class _Running:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     wake: trio.Event = field(default_factory=trio.Event)
     """Set when somebody asks for the same again: then the pause is over."""
+    attempt: trio.CancelScope = field(default_factory=trio.CancelScope)
+    aside: int = 0
+    """How many with a client want the content for themselves; no attempt is made meanwhile."""
     ended: trio.Event = field(default_factory=trio.Event)
 
 
@@ -146,6 +150,20 @@ class Jobs:
             # One that was being accepted at that moment may have left its file after the first time.
             await trio.to_thread.run_sync(self._forget, info_hash)
 
+    @contextmanager
+    def set_aside(self, info_hash: bytes) -> Iterator[None]:
+        """For the time of the block no job works on a content: who has the files at hand does not wait for peers of a job."""
+        jobs = [running for running in self._running.values() if running.job.info_hash == info_hash]
+        for running in jobs:
+            running.aside += 1
+            running.attempt.cancel()
+        try:
+            yield
+        finally:
+            for running in jobs:
+                running.aside -= 1
+                running.wake.set()
+
     def _forget(self, info_hash: bytes) -> None:
         for job in self._node.store.jobs():
             if job.info_hash == info_hash:
@@ -186,9 +204,15 @@ class Jobs:
         while True:
             # Made before the attempt: asking for the same again meanwhile shortens the pause after it, too.
             running.wake = trio.Event()
+            if running.aside:
+                await running.wake.wait()
+                continue
+            running.attempt = trio.CancelScope()
             try:
-                await fetch(self._node, await self._request(job), lambda _: None)
-                return
+                with running.attempt:
+                    await fetch(self._node, await self._request(job), lambda _: None)
+                    return
+                continue
             except ModelP2PError as exc:
                 if shared.proven > proven:
                     failures, proven = 0, shared.proven

@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 
-from modelp2p.daemon import publish_verbs
+from modelp2p.daemon import publish_verbs, trust_verbs
 from modelp2p.daemon.adopting import Source
 from modelp2p.daemon.checking import MAX_ONLY, verify_release
 from modelp2p.daemon.cleaning import collect_garbage, remove_release
 from modelp2p.daemon.client import build
 from modelp2p.daemon.config import config_to_toml
 from modelp2p.daemon.control import Answer, Call
-from modelp2p.daemon.fetch import fetch, plan, resolve, stated, verify, wanted_of
+from modelp2p.daemon.describing import live, shown_path, summary
+from modelp2p.daemon.fetch import fetch, plan, resolve, wanted_of
 from modelp2p.daemon.folder import ReleaseFolder
 from modelp2p.daemon.following import Streams
 from modelp2p.daemon.gateway import Gateway
@@ -27,12 +29,10 @@ from modelp2p.daemon.jobs import Jobs, job_of
 from modelp2p.daemon.public_http import PublicHttp
 from modelp2p.daemon.requests import FetchRequest, Target, flag, peers, rate, text, texts, timeout_s
 from modelp2p.daemon.sealed import SealedCache, read_sealed, sealed
-from modelp2p.protocol import layout
-from modelp2p.protocol.errors import NotFoundError, UsageError
+from modelp2p.protocol.errors import ModelP2PError, NotFoundError, UsageError
 from modelp2p.protocol.manifest import encode_manifest
 from modelp2p.protocol.names import check_publisher_id
 from modelp2p.protocol.statement import MAX_BUNDLE_BYTES, decode_bundle, encode_bundle
-from modelp2p.protocol.trust import TrustEntry, admit
 
 if TYPE_CHECKING:
     from modelp2p.daemon.library import Entry
@@ -89,9 +89,9 @@ class Service:
             "stream_follow": self._streams.follow,
             "stream_open": self._streams.open,
             "stream_want": self._streams.want,
-            "trust_add": self._trust_add,
-            "trust_list": self._trust_list,
-            "trust_remove": self._trust_remove,
+            "trust_add": lambda call: trust_verbs.add(self._node, self._target(call), call),
+            "trust_list": lambda call: trust_verbs.list_entries(self._node),
+            "trust_remove": lambda call: trust_verbs.remove(self._node, call),
             "unpin": self._unpin,
             "verify": self._verify,
         }
@@ -180,9 +180,15 @@ class Service:
             target = await consented(self._node, target, check_publisher_id(publisher))
         request = FetchRequest.decode(args, target, self._node.config.fetch.timeout_s)
         source = Source(call.fds[-1], text(call.args, "file_name", ""))
-        if flag(call.args, "offline"):
-            return Answer(await import_folder(self._node, self._own(request), call.emit, source))
-        return Answer(await fetch(self._node, self._own(request), call.emit, source))
+        take = import_folder if flag(call.args, "offline") else fetch
+        with self._without_jobs(target):
+            return Answer(await take(self._node, self._own(request), call.emit, source))
+
+    def _without_jobs(self, target: Target) -> AbstractContextManager[None]:
+        try:
+            return self._jobs.set_aside(self._entry_of(target).info_hash)
+        except ModelP2PError:
+            return nullcontext()  # not known yet, so nothing works on it
 
     async def _verify(self, call: Call) -> Answer:
         return Answer(
@@ -206,18 +212,25 @@ class Service:
     async def _pin(self, call: Call) -> Answer:
         entry = self._entry(call)
         is_new = await self._node.pins.add(entry)
-        return Answer(self._summary(entry) | {"changed": is_new})
+        return Answer(summary(self._node, entry) | {"changed": is_new})
 
     async def _unpin(self, call: Call) -> Answer:
-        entry = self._entry(call)
+        target = self._target(call)
+        try:
+            entry = self._entry_of(target)
+        except NotFoundError:
+            # Where its statement was damaged, a link still says which content is meant.
+            if target.link is None or not await self._node.pins.remove(target.link.info_hash):
+                raise
+            return Answer({"info_hash": target.link.info_hash.hex(), "pinned": False, "changed": True})
         was_pinned = await self._node.pins.remove(entry.info_hash)
-        return Answer(self._summary(entry) | {"changed": was_pinned})
+        return Answer(summary(self._node, entry) | {"changed": was_pinned})
 
     async def _pins(self, call: Call) -> Answer:
         rows: list[Value] = []
         for info_hash in self._node.pins:
             known = self._node.library.about(info_hash)
-            rows.append(self._summary(known[0]) if known else {"info_hash": info_hash.hex()})
+            rows.append(summary(self._node, known[0]) if known else {"info_hash": info_hash.hex()})
         return Answer({"pins": rows})
 
     async def _gateway(self, call: Call) -> Answer:
@@ -279,11 +292,11 @@ class Service:
     async def _resolve(self, call: Call) -> Answer:
         target = self._target(call)
         entry = self._node.library.by_name(target.name, self._node.book) if target.name else self._entry_of(target)
-        return Answer(self._summary(entry) | {"path": self._path(entry)})
+        return Answer(summary(self._node, entry) | {"path": shown_path(self._node, entry)})
 
     async def _ls(self, call: Call) -> Answer:
         rows: list[Value] = [
-            self._summary(entry) | {"path": self._path(entry), "files": entry.files, "created": entry.created}
+            summary(self._node, entry) | {"path": shown_path(self._node, entry), "files": entry.files, "created": entry.created}
             for entry in self._node.library.entries()
         ]
         return Answer({"releases": rows})
@@ -291,7 +304,7 @@ class Service:
     async def _status(self, call: Call) -> Answer:
         node, engine = self._node, self._node.swarm.statistics()
         contents = dict.fromkeys(entry.info_hash for entry in node.library.entries())
-        releases: list[Value] = [self._live(node.library.about(info_hash)[0]) for info_hash in contents]
+        releases: list[Value] = [live(node, node.library.about(info_hash)[0]) for info_hash in contents]
         publishers: list[Value] = list(sorted({entry.publisher for entry in node.library.entries()}))
         return Answer(
             {
@@ -320,9 +333,9 @@ class Service:
     async def _show(self, call: Call) -> Answer:
         entry = self._entry(call)
         release = await trio.to_thread.run_sync(self._node.library.release, entry.digest)
-        result: Map = self._summary(entry) | {
+        result: Map = summary(self._node, entry) | {
             "manifest_hash": release.manifest_hash.hex(),
-            "path": self._path(entry),
+            "path": shown_path(self._node, entry),
             "statements": len(self._node.library.about(entry.info_hash)),
         }
         # What was signed travels as it was signed: 10,000 files do not fit a frame.
@@ -330,56 +343,6 @@ class Service:
         if flag(call.args, "bundle_out"):
             fds.append(sealed("bundle", encode_bundle(self._node.store.load_statement(entry.digest))))
         return Answer(result, tuple(fds))
-
-    async def _trust_add(self, call: Call) -> Answer:
-        pattern = text(call.args, "name")
-        target = self._target(call)
-        if target.name is not None:
-            raise UsageError("trust needs a link or a bundle: a name does not say who speaks for it")
-        if target.link is not None:
-            # A pattern that is taken is refused before anybody is asked for anything.
-            self._node.book.added(TrustEntry(pattern, target.link.publisher))
-        patience_s = timeout_s(call.args, self._node.config.fetch.timeout_s)
-        request = FetchRequest(target, peers=peers(call.args), dry_run=True, timeout_s=patience_s)
-        async with stated(self._node, target, request) as statement:
-            release = await trio.to_thread.run_sync(verify, self._node, statement)
-        if target.link is not None:
-            admit(release, self._node.book, target.link)
-        book = self._node.book.added(TrustEntry(pattern, release.publisher_id))
-        self._node.store.save_chain(release.chain)
-        self._node.store.save_book(book)
-        self._node.book = book
-        self._rename(release.publisher_id)
-        keyids: list[Value] = list(release.chain.release_keyids())
-        return Answer({"publisher": release.publisher_id, "name": pattern, "keyids": keyids})
-
-    async def _trust_list(self, call: Call) -> Answer:
-        entries: list[Value] = [{"name": e.pattern, "publisher": e.publisher} for e in self._node.book.entries]
-        return Answer({"entries": entries})
-
-    async def _trust_remove(self, call: Call) -> Answer:
-        publisher = check_publisher_id(text(call.args, "publisher"))
-        name = call.args.get("name")
-        book = self._node.book.removed(publisher, name if isinstance(name, str) else None)
-        removed = len(self._node.book.entries) - len(book.entries)
-        if not removed:
-            raise NotFoundError(f"{publisher} is not trusted for {name if isinstance(name, str) else 'any name'}")
-        self._node.store.save_book(book)
-        self._node.book = book
-        self._rename(publisher)
-        return Answer({"removed": removed})
-
-    def _rename(self, publisher: str) -> None:
-        """Move visible paths to where the trust book now puts them."""
-        node = self._node
-        for entry in node.library.entries():
-            if entry.publisher != publisher:
-                continue
-            named = node.is_named(entry)
-            old = node.store.model_path(entry.name, entry.publisher, entry.revision, named=not named)
-            if old.is_symlink():
-                node.store.hide_model(old)
-                node.store.show_model(entry.name, entry.publisher, entry.info_hash, entry.revision, named=named)
 
     async def _config(self, call: Call) -> Answer:
         return Answer({"text": config_to_toml(self._node.config)})
@@ -400,45 +363,6 @@ class Service:
 
     def _entry_of(self, target: Target) -> Entry:
         return entry_of(self._node, target)
-
-    def _summary(self, entry: Entry) -> Map:
-        shared = self._node.of(entry.info_hash)
-        return {
-            "name": str(entry.name),
-            "revision": entry.revision,
-            "info_hash": entry.info_hash.hex(),
-            "manifest": entry.digest.hex(),
-            "publisher": entry.publisher,
-            "name_verified": self._node.is_named(entry),
-            "sequence": entry.sequence,
-            "state": shared.state,
-            "pinned": entry.info_hash in self._node.pins,
-            "size": entry.size,
-            "proven": shared.proven,
-            "error": shared.trouble,
-        }
-
-    def _live(self, entry: Entry) -> Map:
-        shared = self._node.of(entry.info_hash)
-        transfer = shared.transfer
-        status = transfer.status if transfer else shared.status
-        traffic = transfer.traffic if transfer else shared.traffic
-        return self._summary(entry) | {
-            "rate_down": status.rate_down if status else 0,
-            "rate_up": status.rate_up if status else 0,
-            "peers": status.peers if status else 0,
-            "peers_known": status.known if status else 0,
-            "seeds": status.seeds if status else 0,
-            "fullest_peer": max((peer.has for peer in status.peer_list), default=0) if status else 0,
-            "uploaded": traffic.up,
-            "downloaded": traffic.down,
-            "origin": transfer.web.reason if transfer else "",
-        }
-
-    def _path(self, entry: Entry) -> str:
-        node = self._node
-        path = node.store.model_path(entry.name, entry.publisher, entry.revision, named=node.is_named(entry))
-        return str(path) if path.is_symlink() else str(node.store.path(layout.tree_of(entry.info_hash, entry.revision)))
 
 
 def entry_of(node: Node, target: Target) -> Entry:

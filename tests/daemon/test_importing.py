@@ -49,9 +49,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 async def import_(
-    world: World, folder: Path, *, on_demand: bool = False, emit: Callable[[Map], None] = lambda event: None, **args: Value
+    world: World,
+    folder: Path,
+    *,
+    on_demand: bool = False,
+    is_awaited: bool = False,
+    emit: Callable[[Map], None] = lambda event: None,
+    **args: Value,
 ) -> Map:
-    """The result of one import, or its error."""
+    """The result of one import, or its error; `is_awaited`: a detached fetch waits for peers that have it."""
     failure: ModelP2PError | None = None
     answer = Answer({})
     bundle = os.memfd_create("bundle")
@@ -63,6 +69,12 @@ async def import_(
         async def send(event: Map) -> None:
             raise AssertionError(event)
 
+        if is_awaited:
+            detached: Map = {"ref": "", "bundle": True, "detach": True, "timeout_s": 3600}
+            await service.handle(Call("fetch", detached, (bundle,), emit, send=send))
+            # By then it holds the lock of the release.
+            while not world.node.of(RELEASE.info_hash).lock.locked():  # noqa: ASYNC110  # a job has nobody to tell
+                await trio.sleep(0.01)
         asked: Map = {"ref": "", "bundle": True, "offline": True, **args}
         try:
             answer = await service.handle(Call("adopt", asked, (bundle, opened), emit, send=send))
@@ -108,6 +120,13 @@ async def test_it_is_served_afterwards_by_a_daemon_that_stays(world: World, fold
     await world.node.unseed(RELEASE.info_hash)
     await import_(world, folder, on_demand=True)
     assert not world.node.of(RELEASE.info_hash).is_seeding
+
+
+async def test_a_detached_fetch_that_waits_for_peers_is_not_waited_for(world: World, folder: Path) -> None:
+    with trio.fail_after(60):
+        result = await import_(world, folder, is_awaited=True)
+    assert result["state"] == "complete"
+    assert tree_of(world) == FILES
 
 
 def _flip(folder: Path) -> None:

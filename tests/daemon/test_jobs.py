@@ -234,3 +234,36 @@ async def test_a_job_that_waits_says_why_and_is_tried_when_asked_for_again(
         assert len(list(store.jobs())) == jobs.running == 1
         await jobs.cancel(job.info_hash)
     assert (shared.state, shared.trouble) == ("paused", "")
+
+
+async def test_a_job_stands_aside_and_goes_on_afterwards(store: Store) -> None:
+    node = node_of(store)
+    first, second = waiting(node)
+    lock = node.of(first.info_hash).lock
+
+    async def wait_attempts(count: int) -> None:
+        """Until that many wait for the lock that we hold."""
+        with trio.fail_after(10):
+            while lock.statistics().tasks_waiting != count:  # noqa: ASYNC110  # a job has nobody to tell
+                await trio.sleep(0.01)
+        await trio.testing.wait_all_tasks_blocked()
+
+    async with trio.open_nursery() as nursery:
+        jobs = Jobs(node, nursery, lambda: None)
+        await jobs.accept(first)
+        await wait_attempts(1)
+        with jobs.set_aside(bytes(32)):
+            await wait_attempts(1)
+        with jobs.set_aside(first.info_hash):
+            await wait_attempts(0)
+            # Asking for it again does not end that. One that is accepted meanwhile waits like anybody.
+            await jobs.accept(first)
+            await jobs.accept(second)
+            await wait_attempts(1)
+            with jobs.set_aside(first.info_hash):
+                await wait_attempts(0)
+            await wait_attempts(1)
+        await wait_attempts(2)
+        assert jobs.running == 2
+        nursery.cancel_scope.cancel()
+    assert {job.id for job in store.jobs()} == {first.id, second.id}

@@ -125,7 +125,12 @@ async def test_gc_leaves_what_is_pinned_also_where_its_statement_is_damaged(worl
     assert (await ask(world, "pins"))["pins"] == [{"info_hash": hexed}]
     assert (await collect_garbage(world.node, dry_run=False))["removed"] == []
     check_here(world)
-    await world.node.pins.remove(world.release.info_hash)
+    # A link still says which content is meant; a name does not, nor does the link of something that is not pinned.
+    link = str(world.release.link())
+    for ref in (REF, link.replace(hexed, "0" * 64)):
+        with pytest.raises(NotFoundError):
+            await ask(world, "unpin", ref=ref)
+    assert await ask(world, "unpin", ref=link) == {"info_hash": hexed, "pinned": False, "changed": True}
     held = [path.stat() for path in world.tree.rglob("*") if path.is_file()]
     assert {status.st_nlink for status in held} == {2}
     collected = await collect_garbage(world.node, dry_run=False)
