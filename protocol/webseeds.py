@@ -25,7 +25,7 @@ from email.utils import parsedate_to_datetime
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from urllib.parse import quote, urlsplit
 
-from modelp2p.protocol.errors import FormatError, UnavailableError
+from modelp2p.protocol.errors import Fact, FormatError, UnavailableError
 
 PATIENCE_S = 5.0
 """How long peers may deliver nothing before origins are asked, where the configuration says nothing else."""
@@ -44,8 +44,8 @@ _MINUTE_S = 60
 class OriginError(UnavailableError):
     """An origin did not deliver; `retry_after_s` is how long it asked to be left alone."""
 
-    def __init__(self, words: str, retry_after_s: float | None = None) -> None:
-        super().__init__(words)
+    def __init__(self, message: str, retry_after_s: float | None = None, *, hint: str = "", **facts: Fact) -> None:
+        super().__init__(message, hint=hint, **facts)
         self.retry_after_s = retry_after_s
 
 

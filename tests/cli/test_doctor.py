@@ -422,9 +422,10 @@ def test_a_broken_configuration_is_a_problem_of_its_own(tmp_path: Path, capsys: 
 
 
 def test_a_configuration_that_cannot_be_read_is_a_problem_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "home" / "config.toml").mkdir(parents=True)
+    place = tmp_path / "home" / "config.toml"
+    place.mkdir(parents=True)
     assert doctor(tmp_path, FakeDaemon({}, is_running=False), "--json") == 1
-    assert checks_of(capsys)["configuration"]["fact"] == "one of its files: Is a directory"
+    assert checks_of(capsys)["configuration"]["fact"] == f"{place}: not a regular file."
 
 
 def test_a_daemon_that_says_nothing_costs_its_checks_and_not_the_command(tmp_path: Path) -> None:
