@@ -62,7 +62,7 @@ test-fast: $(STAMP) $(CLIENTS)
 
 test-swarm: $(STAMP) $(CLIENTS)
 	$(call say,swarm tests (real libtorrent on loopback))
-	@$(BIN)/python -m pytest -q -m "swarm and not gpu and not slow" -n 3 --dist loadfile $(PYTEST)
+	@$(BIN)/python -m pytest -q -m "swarm and not gpu and not slow" -n 4 --dist loadfile $(PYTEST)
 	$(call say,swarm tests that count time or bytes per second (one at a time))
 	@$(BIN)/python -m pytest -q -m "swarm and slow and not gpu" $(PYTEST)
 

@@ -206,19 +206,19 @@ class Gateway:
                     return _response(hfapi.redirect_file(self._node.config.gateway.origin, question, manifest))
                 case _:
                     return _response(hfapi.error(503, self._why_not(release, question.path)))
-        return await self._arriving_file(release, question.path, reply)
+        return await self._arriving_file(release, question.path, reply, request.headers.get("user-agent", ""))
 
     async def _finished_file(self, release: Release, path: str, reply: FileReply) -> Response | None:
         found = await trio.to_thread.run_sync(self._finished.open, release.info_hash, release.manifest.revision, path)
         return None if found is None else Response(reply.status, reply.headers, FinishedFile(found[0], reply.span, found[1]))
 
-    async def _arriving_file(self, release: Release, path: str, reply: FileReply) -> Response:
+    async def _arriving_file(self, release: Release, path: str, reply: FileReply, agent: str) -> Response:
         shared = self._node.of(release.info_hash)
         deadline = trio.current_time() + FIRST_BYTE_S
         try:
             stream = self._streams.begin(release, shared, "gateway")
         except DeniedError as exc:
-            return _response(hfapi.not_ready(exc.message, RETRY_AFTER_S))
+            return _response(hfapi.not_ready(exc.message, RETRY_AFTER_S, agent))
         body = ArrivingFile(self._streams, self._finished, stream, path, reply.span)
         is_begun = False
         try:
@@ -234,9 +234,8 @@ class Gateway:
             return finished
         if shared.waits_for or not is_expected(shared, path):
             return _response(hfapi.error(503, self._why_not(release, path)))
-        return _response(
-            hfapi.not_ready(f"'{path}' of {release.ref} is being fetched; nobody had its first bytes", RETRY_AFTER_S)
-        )
+        message = f"'{path}' of {release.ref} is being fetched; nobody had its first bytes"
+        return _response(hfapi.not_ready(message, RETRY_AFTER_S, agent))
 
     def _why_not(self, release: Release, path: str) -> str:
         shared = self._node.of(release.info_hash)

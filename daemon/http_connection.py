@@ -36,7 +36,7 @@ _LINGER_BYTES = 8 << 20
 _READ_BYTES = 64 << 10
 _PUSH_BYTES = 64 << 20
 """Most bytes one visit to a thread sends: about 50 ms on loopback, so that threads are shared."""
-_KEPT = frozenset({b"host", b"origin", b"sec-fetch-site", b"range", b"if-range", b"content-type"})
+_KEPT = frozenset({b"host", b"origin", b"sec-fetch-site", b"range", b"if-range", b"content-type", b"user-agent"})
 PLAIN = (("Content-Type", "text/plain; charset=utf-8"),)
 
 

@@ -36,7 +36,7 @@ async def import_folder(node: Node, request: FetchRequest, emit: Emit, source: S
     if request.target.statement is None:
         raise UsageError("an import needs a bundle")
     try:
-        return await fetch(node, replace(request, timeout_s=0.0), emit, source)
+        return await fetch(node, replace(request, timeout_s=0.0, peers_only=True), emit, source)
     except TimedOutError as exc:
         release = await _verified(node, request.target)
         wanted = await wanted_of(node, release, request)

@@ -263,9 +263,9 @@ def redirect_file(origin: str, question: File, manifest: Manifest) -> Reply:
     return redirect(origin, f"/{question.repo}/resolve/{manifest.revision}/{quote(question.path)}")
 
 
-def not_ready(message: str, seconds: int) -> Reply:
-    """429, the one answer after which clients wait as long as they are told and ask again."""
-    return error(429, message, ("Retry-After", str(seconds)))
+def not_ready(message: str, seconds: int, agent: str = "") -> Reply:
+    """The one answer to a client with this `User-Agent` after which it waits and asks again: 429, of huggingface_hub 0.x 503."""
+    return error(503 if "hf_hub/0." in agent else 429, message, ("Retry-After", str(seconds)))
 
 
 def _api_route(parts: Sequence[str], query: dict[str, list[str]]) -> Route:

@@ -486,6 +486,10 @@ async def test_who_asks_too_early_is_told_when_to_come_again(tmp_path: Path, aut
         response = await world.ask("/lab/model/resolve/main/model.safetensors")
         assert (response.status, headers(response)["Retry-After"]) == (429, str(RETRY_AFTER_S))
         assert FIRST_BYTE_S <= trio.current_time() - started < SILENCE_S
+        old = await world.ask(
+            "/lab/model/resolve/main/model.safetensors", user_agent="unknown/None; hf_hub/0.36.2; python/3.11.7"
+        )
+        assert (old.status, headers(old)["Retry-After"]) == (503, str(RETRY_AFTER_S))
         assert not world.streams._streams
         # What this fetch does not ask for will not come by it.
         other = await world.ask("/lab/model/resolve/main/config.json")

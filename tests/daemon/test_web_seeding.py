@@ -447,8 +447,12 @@ async def test_beside_a_peer_the_origin_is_not_used_and_wrong_bytes_end_its_use(
         statement = world.release("lie", files)
         await give(statement, files)
         world.node.config = world.node.config.replace({"web_seeds.patience_s": 0.1})
-        origin.respond = lambda asked: Reply(content=bytes(MIB * (3 if "a.bin" in asked.target else 2)))
 
+        def lie(asked: Asked) -> Reply:
+            first, last = map(int, str(asked.range).removeprefix("bytes=").split("-"))
+            return Reply(content=bytes(last + 1 - first))
+
+        origin.respond = lie
         asked_by_then: list[int] = []
 
         async def when_banned(info_hash: bytes) -> None:

@@ -82,8 +82,11 @@ def test_a_configuration_is_read_again_while_the_daemon_runs(site: Site) -> None
 def test_a_daemon_ends_with_the_terminal_it_was_started_in(site: Site) -> None:
     node = site.node("node", start=False)
     terminal, inner = pty.openpty()
-    # The first terminal that the leader of a session without one opens becomes its own.
-    claim = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+    # The leader of a session without a terminal takes this one. Below `nohup` the signal would be ignored, and rightly so.
+    claim = (
+        "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+    )
     command = [sys.executable, "-c", claim, *COMMAND, "--config", str(node.folder / "config.toml"), "daemon"]
     with (node.folder / "log").open("wb") as log:
         node.process = subprocess.Popen(

@@ -301,9 +301,19 @@ def test_errors_say_it_in_the_body_and_in_a_header() -> None:
     assert len(headers(error(500, "x" * 10_000))["X-Error-Message"]) == 500
 
 
-def test_not_ready_is_a_429_that_says_when() -> None:
-    reply = not_ready("soon", 8)
-    assert (reply.status, headers(reply)["Retry-After"]) == (429, "8")
+@pytest.mark.parametrize(
+    ("agent", "status"),
+    [
+        ("", 429),
+        ("curl/7.88.1", 429),
+        ("unknown/None; hf_hub/2.4.0; python/3.11.7", 429),
+        ("unknown/None; hf_hub/1.0.1; python/3.11.7", 429),
+        ("unknown/None; hf_hub/0.36.2; python/3.11.7", 503),
+    ],
+)
+def test_not_ready_is_what_the_client_tries_again_and_says_when(agent: str, status: int) -> None:
+    reply = not_ready("soon", 8, agent)
+    assert (reply.status, headers(reply)["Retry-After"]) == (status, "8")
 
 
 def test_a_redirect_keeps_path_and_query() -> None:
