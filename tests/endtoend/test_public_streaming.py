@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from modelp2p.daemon.client import Client
 from tests.endtoend.test_public_socket import NOBODY, service
-from tests.endtoend.test_streaming import LAYERS, SLOWLY, layered, proven
+from tests.endtoend.test_streaming import LAYERS, SLOWLY, layered
 from tests.nodes import Node
 from tests.releases import write_files
 
@@ -53,9 +52,8 @@ def test_others_load_what_is_still_being_fetched(tmp_path: Path) -> None:
         loading = load_as(NOBODY, "lab/shared", node.home)
         assert loading.stdout is not None
         first = loading.stdout.readline()
-        at = proven(node, "lab/shared")
-        with Client.connect(str(node.home)) as client:
-            client.call("limits", {"ref": "lab/shared", "max_down": 0})
+        at = node.release("lab/shared")["proven"]
+        node.hurry("lab/shared")
         rest, errors = loading.communicate(timeout=60)
         assert loading.returncode == 0, errors
         expected = load_file(tmp_path / "source" / "model.safetensors")

@@ -61,31 +61,15 @@ def begin(site: Site, seed: Node, node: Node, name: str, *more: str) -> tuple[di
     return published, load_file(source / "model.safetensors"), sum(map(len, files.values()))
 
 
-def proven(node: Node, name: str) -> int:
-    """Bytes the daemon has proven, by its own word, asked without the cost of a process."""
-    with Client.connect(str(node.home)) as client:
-        rows = client.call("status", {}).result["releases"]
-    assert isinstance(rows, list)
-    (row,) = [row for row in rows if isinstance(row, dict) and row["name"] == name]
-    assert isinstance(row["proven"], int)
-    return row["proven"]
-
-
-def hurry(node: Node, name: str) -> None:
-    """Let the rest of a slow fetch come as fast as it can."""
-    with Client.connect(str(node.home)) as client:
-        client.call("limits", {"ref": name, "max_down": 0})
-
-
 def test_tensors_come_while_the_fetch_is_running(pair: Pair) -> None:
     published, expected, size = begin(pair.site, pair.seed, pair.node, "lab/stream")
     seen: list[int] = []
     tensors = {}
     for name, tensor in stream(published["link"], home=pair.node.home, timeout=60):
-        seen.append(proven(pair.node, "lab/stream"))
+        seen.append(pair.node.release("lab/stream")["proven"])
         tensors[name] = tensor
         if len(tensors) > LAYERS // 3:
-            hurry(pair.node, "lab/stream")
+            pair.node.hurry("lab/stream")
     assert list(tensors) == [f"layer.{n}" for n in range(LAYERS)]
     assert all(same(tensors[name], tensor) for name, tensor in expected.items())
     # By the daemon's own count, not by time: not everything was here when the first one was. What was under way when the order
@@ -104,10 +88,10 @@ def test_what_is_asked_for_is_fetched_first(pair: Pair) -> None:
     published, expected, size = begin(pair.site, pair.seed, pair.node, "lab/order")
     with open_release(published["link"], home=pair.node.home, timeout=60) as release:
         assert same(release.tensor("layer.19"), expected["layer.19"])
-        at = proven(pair.node, "lab/order")
+        at = pair.node.release("lab/order")["proven"]
         assert at < size * 3 // 4, at
         assert release.stats.verified_bytes > 0
-        hurry(pair.node, "lab/order")
+        pair.node.hurry("lab/order")
         rest = release.load(["layer.0", "layer.7"])
         assert all(same(rest[name], expected[name]) for name in rest)
     pair.node.ok("rm", "lab/order", "-y")
@@ -179,8 +163,8 @@ def test_a_daemon_that_is_killed_ends_a_stream_and_the_next_one_goes_on(site: Si
     with pytest.raises(NotFoundError):
         load(published["link"], home=node.home)
     node.start()
-    assert proven(node, "lab/killed") < size
-    hurry(node, "lab/killed")
+    assert node.release("lab/killed")["proven"] < size
+    node.hurry("lab/killed")
     tensors = stream(published["link"], home=node.home, timeout=60)
     assert all(same(tensor, expected[name]) for name, tensor in tensors)
 
