@@ -227,7 +227,7 @@ class WebSeeds(_Section):
     token_file: str = setting("", text)
     """A file with the token that `gateway.origin` is shown, and nobody else; empty is none."""
     patience_s: float = setting(PATIENCE_S, seconds)
-    """Seconds for which peers may deliver nothing before web seeds are asked."""
+    """Seconds for which peers may deliver next to nothing before web seeds are asked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ SEND_S = 60.0
 """A client that takes no byte for this long has gone; nginx's send_timeout."""
 LINGER_S = 1.0
 _LINGER_BYTES = 8 << 20
-_READ_BYTES = 64 << 10
+READ_BYTES = 64 << 10
 _PUSH_BYTES = 64 << 20
 """Most bytes one visit to a thread sends: about 50 ms on loopback, so that threads are shared."""
 _KEPT = frozenset({b"host", b"origin", b"sec-fetch-site", b"range", b"if-range", b"content-type", b"user-agent"})
@@ -117,7 +117,7 @@ class Connection:
                 case h11.NEED_DATA:
                     if self._http.they_are_waiting_for_100_continue:
                         await self._send_event(h11.InformationalResponse(status_code=100, headers=[]))
-                    self._http.receive_data(await self._socket.recv(_READ_BYTES))
+                    self._http.receive_data(await self._socket.recv(READ_BYTES))
                 case h11.Request():
                     head, self._is_head = event, event.method == b"HEAD"
                 case h11.Data(data=data):
@@ -164,15 +164,16 @@ class Connection:
         with contextlib.suppress(OSError), trio.move_on_after(LINGER_S):
             self._socket.shutdown(socket.SHUT_WR)
             left = _LINGER_BYTES
-            while left > 0 and (data := await self._socket.recv(_READ_BYTES)):
+            while left > 0 and (data := await self._socket.recv(READ_BYTES)):
                 left -= len(data)
 
     async def _watch(self, scope: trio.CancelScope) -> None:
         """Cancel `scope` when the client hangs up."""
-        held = 0
-        while held < _READ_BYTES:
+        # What waits from before counts: else each answer to one of many small requests would let more of them in.
+        held = len(self._http.trailing_data[0])
+        while held < READ_BYTES:
             try:
-                data = await self._socket.recv(_READ_BYTES)
+                data = await self._socket.recv(READ_BYTES)
             except OSError:
                 data = b""
             if not data:

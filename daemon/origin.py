@@ -39,6 +39,8 @@ FIRST_BYTE_S = 15.0
 REMEMBERED_S = 7.0
 """What a remembered address gets of that, so that there is time to resolve it anew."""
 SILENCE_S = 15.0
+SLOW_BYTES = 64 << 10
+"""An origin that sends less than this in as long is as good as silent: the engine uses three at a time, and this one is one."""
 CLOSE_S = 2.0
 ADDRESS_S = 3.0
 """What each address of a host but the last gets."""
@@ -87,7 +89,8 @@ class OriginClient:
         self._hosts = frozenset(hosts)
         self._token = token
         self._token_origin = HttpUrl.parse(token_origin).origin
-        self._remembered: OrderedDict[str, HttpUrl] = OrderedDict()
+        self._remembered: OrderedDict[str, tuple[HttpUrl, bool]] = OrderedDict()
+        """Where each URL led, and whether the way never left the origin of the token."""
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls or httpcore2.default_ssl_context(),
             max_connections=_CONNECTIONS,
@@ -139,7 +142,8 @@ class OriginClient:
             return None
         with trio.move_on_after(REMEMBERED_S):
             try:
-                return await self._checked(await self._ask(known, span, shows_token=False), span, size)
+                target, shows_token = known
+                return await self._checked(await self._ask(target, span, shows_token=shows_token), span, size)
             except OriginError as exc:
                 if exc.retry_after_s is not None:
                     raise
@@ -157,15 +161,15 @@ class OriginClient:
             response = await self._ask(target, span, shows_token=shows_token)
             if response.status not in _REDIRECTS:
                 checked = await self._checked(response, span, size)
-                self._remember(url, target)
+                self._remember(url, target, shows_token)
                 return checked
             await _close(response)
-            target = _parsed(urljoin(_text(target), _header(response, b"location")))
+            target = _parsed(_header(response, b"location"), _text(target))
         raise OriginError(f"more than {MAX_REDIRECTS} redirects")
 
-    def _remember(self, url: str, target: HttpUrl) -> None:
+    def _remember(self, url: str, target: HttpUrl, shows_token: bool) -> None:
         if target != _parsed(url):
-            self._remembered[url] = target
+            self._remembered[url] = target, shows_token
             while len(self._remembered) > MAX_REMEMBERED:
                 self._remembered.popitem(last=False)
 
@@ -200,13 +204,17 @@ class OriginBody:
     def __init__(self, chunks: AsyncIterator[bytes], length: int) -> None:
         self._chunks = chunks
         self._left = length
+        self._came = 0
+        self._waited_s = 0.0
+        """For that; not what the reader takes its time for."""
 
     async def read(self) -> bytes:
         """The next bytes, 64 KiB at most; empty at the end.
 
         Raises:
-            OriginError: it ended early, sends more, or is silent.
+            OriginError: it ended early, sends more, is silent or drips.
         """
+        began = trio.current_time()
         try:
             chunk = await anext(self._chunks, b"")
         except (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError) as exc:
@@ -214,6 +222,12 @@ class OriginBody:
         self._left -= len(chunk)
         if self._left < 0 or (not chunk and self._left):
             raise OriginError("it sends another number of bytes than it announced")
+        self._came += len(chunk)
+        self._waited_s += trio.current_time() - began
+        if self._came >= SLOW_BYTES:
+            self._came, self._waited_s = 0, 0.0
+        elif self._waited_s > SILENCE_S and self._left:
+            raise OriginError(f"less than {SLOW_BYTES >> 10} KiB in {SILENCE_S:g} s")
         return chunk
 
 
@@ -236,10 +250,10 @@ class _CheckedNetwork(httpcore2.AsyncNetworkBackend):
         addresses = await self._addresses(host, port)
         for address in addresses[:-1]:
             try:
-                return await self._trio.connect_tcp(address, port, ADDRESS_S)
+                return _Stream(await self._trio.connect_tcp(address, port, ADDRESS_S))
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout):
                 continue  # the next one may be reachable: IPv6 is often announced and does not work
-        return await self._trio.connect_tcp(addresses[-1], port, timeout)
+        return _Stream(await self._trio.connect_tcp(addresses[-1], port, timeout))
 
     async def _addresses(self, host: str, port: int) -> list[str]:
         try:
@@ -252,6 +266,35 @@ class _CheckedNetwork(httpcore2.AsyncNetworkBackend):
             if not found:
                 raise OriginError("its address is private, and its host is not below [web_seeds] hosts")
         return found[:MAX_ADDRESSES]
+
+
+class _Stream(httpcore2.AsyncNetworkStream):
+    """A connection that is closed where its handshake is cancelled; the library closes it after errors alone."""
+
+    def __init__(self, stream: httpcore2.AsyncNetworkStream) -> None:
+        self._stream = stream
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return await self._stream.read(max_bytes, timeout)
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore2.AsyncNetworkStream:
+        try:
+            return await self._stream.start_tls(ssl_context, server_hostname, timeout)
+        except trio.Cancelled:
+            with trio.CancelScope(shield=True):
+                await self.aclose()
+            raise
+
+    def get_extra_info(self, info: str) -> object:
+        return self._stream.get_extra_info(info)
 
 
 def _check_head(response: httpcore2.Response, span: Span, size: int) -> None:
@@ -274,9 +317,14 @@ def _header(response: httpcore2.Response, name: bytes) -> str:
     return next((value.decode("latin-1").strip() for key, value in response.headers if key.lower() == name), "")
 
 
-def _parsed(url: str) -> HttpUrl:
+def _parsed(url: str, base: str = "") -> HttpUrl:
+    """A URL, which may be relative to `base`."""
     try:
-        return HttpUrl.parse(url)
+        whole = urljoin(base, url)
+    except ValueError as exc:
+        raise OriginError("it leads to what is not a URL") from exc
+    try:
+        return HttpUrl.parse(whole)
     except FormatError as exc:
         raise OriginError(f"it leads to what is {exc.message}") from exc
 

@@ -117,8 +117,9 @@ class WebSeeding:
             await self._relayed.client.aclose()
 
     def added(self) -> None:
-        """The torrent was added to the swarm anew: it has no web seed."""
+        """The torrent was added to the swarm anew: it has no web seed, and is not held."""
         self._used = ()
+        self.hold(False)
         self._wake.set()
 
     def hold(self, on: bool) -> None:
@@ -184,7 +185,9 @@ def _client_of(config: Config) -> OriginClient:
     """In a thread: the import, and the authorities of the system, are 100 ms."""
     from modelp2p.daemon.origin import OriginClient
 
-    return OriginClient(config.web_seeds.hosts, token=_token_of(config.web_seeds.token_file), token_origin=config.gateway.origin)
+    token = _token_of(config.web_seeds.token_file)
+    with on_disk("cannot read the certificate authorities, which the system or SSL_CERT_FILE names"):
+        return OriginClient(config.web_seeds.hosts, token=token, token_origin=config.gateway.origin)
 
 
 def _token_of(path: str) -> str:

@@ -1,7 +1,7 @@
 """Web seeds: which origins of a manifest may be asked, for which URL, and when. Pure: time, bytes and failures come in.
 
     peers deliver ──────────────► no origin is used
-    nothing for `patience_s` ───► every origin that is not resting
+    not in `patience_s` ────────► every origin that is not resting
     429 or 503 with Retry-After ► that origin rests as long as it said, an hour at most
     another failure ────────────► it rests 5 s, twice as long each time, 5 minutes at most
     wrong bytes ────────────────► it is not asked again in this fetch
@@ -29,6 +29,8 @@ from modelp2p.protocol.errors import Fact, FormatError, UnavailableError
 
 PATIENCE_S = 5.0
 """How long peers may deliver nothing before origins are asked, where the configuration says nothing else."""
+ENOUGH_BYTES = 256 << 10
+"""Peers that send less than this in their patience deliver nothing: else one that drips keeps the origins away for ever."""
 FIRST_REST_S = 5.0
 LAST_REST_S = 300.0
 MAX_RETRY_AFTER_S = 3600.0
@@ -38,6 +40,8 @@ MAX_ORIGINS = 8
 MAX_URL_CHARS = 8192
 _URL = re.compile(r"[!-~]+", re.ASCII)
 _NAT64 = IPv6Network("64:ff9b::/96")
+_UNICAST = IPv6Network("2000::/3")
+"""What of IPv6 the internet routes (RFC 4291 section 4): Python calls all else global that has no use, or had one once."""
 _MINUTE_S = 60
 
 
@@ -139,6 +143,8 @@ def is_public_address(address: str) -> bool:
             found = IPv4Address(int(found) & 0xFFFF_FFFF)
         elif found.ipv4_mapped is not None:  # the same in every version of Python
             found = found.ipv4_mapped
+        elif found not in _UNICAST:
+            return False
     return found.is_global and not found.is_multicast
 
 
@@ -187,18 +193,23 @@ class WebSeedPlan:
     patience_s: float = PATIENCE_S
     _conditions: tuple[_Condition, ...] = field(init=False)
     _peers_heard: float = field(init=False)
-    _peer_bytes: int = 0
+    _counted_bytes: int = 0
+    """What peers had sent when..."""
+    _counted: float = field(init=False)
+    """...it was last looked at whether it is enough."""
     _held_since: float | None = None
 
     def __post_init__(self) -> None:
         self._conditions = tuple(_Condition(origin.shown) for origin in self.origins)
-        self._peers_heard = self.now
+        self._peers_heard = self._counted = self.now
 
     def heard_peers(self, total_bytes: int, now: float) -> None:
-        """Peers have sent this much so far, however little more than before."""
-        if total_bytes > self._peer_bytes:
-            self._peer_bytes = total_bytes
+        """Peers have sent this much so far; they are heard where it is `ENOUGH_BYTES` more within their patience."""
+        is_enough = total_bytes - self._counted_bytes >= ENOUGH_BYTES
+        if is_enough:
             self._peers_heard = now
+        if is_enough or now >= self._counted + self.patience_s:
+            self._counted_bytes, self._counted = total_bytes, now
 
     def held(self, on: bool, now: float) -> None:
         """The transfer is held, or let go again: nobody can deliver meanwhile, and nobody is blamed for it."""

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from modelp2p.daemon import httpd
-from modelp2p.daemon.http_connection import MAX_BODY_BYTES, MAX_HEAD_BYTES, Request, Response, Sink
+from modelp2p.daemon.http_connection import MAX_BODY_BYTES, MAX_HEAD_BYTES, READ_BYTES, Connection, Request, Response, Sink
 from modelp2p.daemon.httpd import HttpServer, open_listeners
 from modelp2p.protocol.errors import DaemonError
 
@@ -276,6 +276,34 @@ async def test_the_next_request_may_wait_behind_a_long_one() -> None:
             await site.began.wait()
         await site.cancelled.wait()
         assert [request.target for request in site.seen] == ["/forever"]
+
+
+async def test_what_waits_behind_a_request_is_bounded_however_many_are_answered() -> None:
+    ours, theirs = trio.socket.socketpair()
+    connection = Connection(ours, trio.CapacityLimiter(1))
+    client = trio.SocketStream(theirs)
+
+    async def respond(request: Request) -> Response:
+        await trio.testing.wait_all_tasks_blocked()  # time enough to take in all that may be taken in
+        return Response(200)
+
+    async def send() -> None:
+        await client.send_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 40_000)
+
+    async def hear() -> None:
+        async for _ in client:
+            pass
+
+    with ours, trio.fail_after(30):
+        async with client, trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            nursery.start_soon(hear)
+            for _ in range(10):
+                request = await connection.next_request()
+                assert request is not None
+                assert await connection.answer(request, respond)
+                assert len(connection._http.trailing_data[0]) <= 2 * READ_BYTES
+            nursery.cancel_scope.cancel()
 
 
 async def test_a_bug_is_an_answer_and_the_server_goes_on(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,12 +8,13 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from modelp2p.daemon.origin import MAX_REDIRECTS, OriginClient, resolve
+from modelp2p.daemon.origin import MAX_REDIRECTS, SILENCE_S, SLOW_BYTES, OriginBody, OriginClient, resolve
 from modelp2p.protocol.httprange import Span
 from modelp2p.protocol.webseeds import OriginError
 from tests.origins import RIGHT, Asked, Origin, Reply, certificates, redirect
@@ -141,6 +142,66 @@ async def test_a_body_that_breaks_off_is_an_error_after_its_bytes() -> None:
             assert await taken(client, origin.url + TARGET) == DATA[1000:250_001]
 
 
+class Drip:
+    """An answer of chunks with a pause before each."""
+
+    def __init__(self, pause_s: float, size: int) -> None:
+        self._pause_s = pause_s
+        self._size = size
+
+    def __aiter__(self) -> Drip:
+        return self
+
+    async def __anext__(self) -> bytes:
+        await trio.sleep(self._pause_s)
+        return bytes(self._size)
+
+
+async def test_an_origin_that_drips_is_as_good_as_silent(autojump_clock: MockClock) -> None:
+    body = OriginBody(Drip(4.0, 1000), 1 << 20)
+    for _ in range(3):
+        assert len(await body.read()) == 1000
+    with pytest.raises(OriginError, match="less than 64 KiB in 15 s"):
+        await body.read()
+
+
+SLOW = {
+    "enough": (OriginBody(Drip(SILENCE_S, SLOW_BYTES), 1 << 20), 5),
+    "a reader that takes its time": (OriginBody(Drip(0.0, 1000), 1 << 20), 5),
+    "the end of a range": (OriginBody(Drip(SILENCE_S + 1, 9), 9), 1),
+}
+
+
+@pytest.mark.parametrize(("body", "reads"), SLOW.values(), ids=SLOW)
+async def test_no_origin_is_blamed_for(body: OriginBody, reads: int, autojump_clock: MockClock) -> None:
+    for _ in range(reads):
+        assert await body.read()
+        await trio.sleep(100)
+
+
+async def test_a_cancelled_handshake_leaves_no_connection() -> None:
+    greeted, closed = trio.Event(), trio.Event()
+
+    async def say_nothing(stream: trio.SocketStream) -> None:
+        await stream.receive_some(1)
+        greeted.set()
+        async for _ in stream:
+            pass
+        closed.set()
+
+    async with trio.open_nursery() as nursery:
+        (listener,) = await nursery.start(partial(trio.serve_tcp, say_nothing, 0, host="127.0.0.1"))
+        place = f"127.0.0.1:{listener.socket.getsockname()[1]}"
+        async with client_of(place) as client:
+            async with trio.open_nursery() as asking:
+                asking.start_soon(taken, client, f"https://{place}/")
+                await greeted.wait()
+                asking.cancel_scope.cancel()
+            with trio.fail_after(30):
+                await closed.wait()
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("status", [429, 503])
 async def test_a_busy_server_says_for_how_long(status: int) -> None:
     with plain(lambda _: Reply(status, (("Retry-After", "77"),))) as origin:
@@ -223,6 +284,19 @@ async def test_only_the_configured_origin_sees_the_token_and_only_before_a_redir
             assert both.hub.tokens == {None}
 
 
+async def test_what_is_remembered_within_the_origin_of_the_token_is_shown_it_again() -> None:
+    def gated(asked: Asked) -> Reply:
+        if asked.token != f"Bearer {TOKEN}":
+            return Reply(401)
+        return redirect(TARGET + "?x") if asked.target == "/a" else RIGHT
+
+    with plain(gated) as origin:
+        async with client_of(origin.place, token=TOKEN, token_origin=origin.url) as client:
+            for _ in range(3):
+                assert await taken(client, f"{origin.url}/a") == DATA[1000:250_001]
+        assert [asked.target for asked in origin.asked] == ["/a", *[TARGET + "?x"] * 3]
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_a_redirect_may_be_relative(status: int) -> None:
     with plain() as origin:
@@ -247,6 +321,7 @@ BAD_PLACES = {
     "the cloud's own": ("https://169.254.169.254/latest", "private"),
     "a file": ("file:///etc/passwd", "not a URL"),
     "with a user": ("https://me@elsewhere.example/", "not a URL"),
+    "half an IPv6 address": ("//[", "not a URL"),
     "nowhere": ("", "redirects"),
 }
 

@@ -32,10 +32,10 @@ from modelp2p.daemon.supervisor import EngineFolders, EngineSwarm
 from modelp2p.daemon.web_seeding import MAX_TOKEN_BYTES, TICK_S, WebSeeding, _client_of, allowed_origins
 from modelp2p.protocol import layout
 from modelp2p.protocol.engine_wire import Peer, TorrentFile, TorrentSpec, WebSeedFailed, pack_bits
-from modelp2p.protocol.errors import NotFoundError, TimedOutError, UsageError
+from modelp2p.protocol.errors import NotFoundError, StoreError, TimedOutError, UsageError
 from modelp2p.protocol.statement import verify_statement
 from modelp2p.protocol.trust import TrustBook, TrustEntry
-from modelp2p.protocol.webseeds import FIRST_REST_S, OriginError, WebOrigin
+from modelp2p.protocol.webseeds import ENOUGH_BYTES, FIRST_REST_S, OriginError, WebOrigin
 from tests.daemon.swarming import NAME, PIECE, RealWorld, Shared, quiet_settings, running
 from tests.origins import RIGHT, Asked, Origin, Reply, redirect
 from tests.releases import publisher, statement_of, write_files
@@ -114,10 +114,10 @@ async def test_origins_are_used_after_a_silence_and_left_when_peers_deliver(tmp_
         assert (world.used, world.made) == ([], [])
         await trio.sleep(0.5 + SOON_S)
         assert world.used == [0, 1]
-        world.seeding.count(1000, 0)
+        world.seeding.count(ENOUGH_BYTES, 0)
         await trio.sleep(SOON_S)
         assert world.used == []
-        assert (world.seeding.from_peers, world.seeding.from_web) == (1000, 0)
+        assert (world.seeding.from_peers, world.seeding.from_web) == (ENOUGH_BYTES, 0)
         await trio.sleep(PATIENCE_S)
         assert world.used == [0, 1]
         # What asks them is made once.
@@ -180,6 +180,19 @@ async def test_a_new_engine_is_told_again(tmp_path: Path, autojump_clock: object
         assert world.used == [0, 1]
 
 
+async def test_a_hold_ends_with_the_torrent_that_was_held(tmp_path: Path, autojump_clock: object) -> None:
+    async with directed(tmp_path) as world:
+        await trio.sleep(PATIENCE_S + SOON_S)
+        world.seeding.hold(True)
+        world.swarm.web_seeds.clear()
+        world.seeding.added()  # a torrent that is added anew runs free, and nobody says so once more
+        world.seeding.count(ENOUGH_BYTES, 0)
+        await trio.sleep(SOON_S)
+        assert world.used == []
+        await trio.sleep(PATIENCE_S)
+        assert world.used == [0, 1]
+
+
 async def test_a_release_without_origins_opens_nothing(tmp_path: Path, autojump_clock: object) -> None:
     async with directed(tmp_path, ()) as world:
         await trio.sleep(100)
@@ -212,6 +225,15 @@ def test_a_file_that_holds_no_token_is_refused(tmp_path: Path, data: bytes) -> N
 def test_a_token_file_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="token file"):
         _client_of(Config(web_seeds=WebSeeds(token_file=str(tmp_path / "token"))))
+
+
+def test_authorities_that_cannot_be_read_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authorities"))
+    with pytest.raises(NotFoundError, match="authorities"):
+        _client_of(Config())
+    (tmp_path / "authorities").write_text("none\n")
+    with pytest.raises(StoreError, match="authorities"):
+        _client_of(Config())
 
 
 @pytest.mark.slow

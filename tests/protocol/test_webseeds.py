@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from modelp2p.protocol.errors import FormatError
 from modelp2p.protocol.webseeds import (
+    ENOUGH_BYTES,
     FIRST_REST_S,
     LAST_REST_S,
     MAX_ORIGINS,
@@ -42,18 +43,35 @@ def plan() -> WebSeedPlan:
     return WebSeedPlan(TWO, 100.0)
 
 
-def test_peers_get_patience_at_the_start_and_after_each_byte() -> None:
+def test_peers_get_patience_at_the_start_and_after_each_delivery() -> None:
     seeds = plan()
     assert seeds.usable(100 + PATIENCE_S - JUST) == ()
     assert seeds.next_deadline(100.0) == 100 + PATIENCE_S
     assert seeds.usable(100 + PATIENCE_S) == (0, 1)
     assert seeds.next_deadline(100 + PATIENCE_S) is None
-    seeds.heard_peers(1, 110.0)
+    seeds.heard_peers(ENOUGH_BYTES, 110.0)
     assert seeds.usable(110.0) == ()
     assert seeds.usable(110 + PATIENCE_S) == (0, 1)
     # The same count again is no byte.
-    seeds.heard_peers(1, 115.0)
+    seeds.heard_peers(ENOUGH_BYTES, 115.0)
     assert seeds.usable(115.0) == (0, 1)
+
+
+def test_peers_that_drip_do_not_keep_the_origins_away() -> None:
+    seeds, enough_in_s = plan(), 2 * PATIENCE_S
+    for second in range(1, 100):
+        seeds.heard_peers(int(second / enough_in_s * ENOUGH_BYTES), 100.0 + second)
+        assert seeds.usable(100.0 + second) == (() if second < PATIENCE_S else (0, 1))
+    # From what they sent in a long time follows nothing for what they send now.
+    seeds.heard_peers(100 * ENOUGH_BYTES, 300.0)
+    assert seeds.usable(300.0) == ()
+
+
+def test_peers_deliver_where_it_is_enough_in_sum() -> None:
+    seeds = plan()
+    for second in range(1, 100):
+        seeds.heard_peers(second * (ENOUGH_BYTES // 4), 100.0 + second)
+        assert seeds.usable(100.0 + second) == ()
 
 
 def test_a_server_that_names_a_time_rests_as_long() -> None:
@@ -119,7 +137,7 @@ def test_wrong_bytes_end_the_use_of_an_origin() -> None:
 
 def test_nobody_is_blamed_for_a_hold() -> None:
     seeds = plan()
-    seeds.heard_peers(10, 101.0)
+    seeds.heard_peers(ENOUGH_BYTES, 101.0)
     seeds.held(True, 103.0)
     assert seeds.usable(150.0) == ()  # peers cannot deliver: no origin is begun
     seeds.held(False, 150.0)
@@ -137,7 +155,7 @@ def test_nobody_is_blamed_for_a_hold() -> None:
 def test_bytes_that_come_during_a_hold_are_heard() -> None:
     seeds = plan()
     seeds.held(True, 102.0)
-    seeds.heard_peers(5, 110.0)
+    seeds.heard_peers(ENOUGH_BYTES, 110.0)
     seeds.held(False, 112.0)
     # Heard at 110, held until 112: the patience begins at 112.
     assert seeds.usable(112 + PATIENCE_S - JUST) == ()
@@ -173,7 +191,7 @@ def test_the_next_deadline_is_when_more_becomes_usable(events: list[tuple[str, f
         now += pause
         match kind:
             case "peers":
-                count += 1
+                count += ENOUGH_BYTES
                 seeds.heard_peers(count, now)
             case "failed":
                 seeds.failed(number, BROKEN, now)
@@ -304,6 +322,7 @@ NOT_PUBLIC = (
     "127.0.0.1", "127.1.2.3", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "192.0.2.1",
     "198.18.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1",
     "2001:db8::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::127.0.0.1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "2001::1",
+    "64:ff9b:1::10.0.0.1", "::127.0.0.1", "::ffff:0:10.0.0.1", "fec0::1", "5f00::1", "1::1",
 )  # fmt: skip
 
 
