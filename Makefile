@@ -17,10 +17,12 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Generations of huggingface_hub that users have, beside the newest one in $(VENV): one environment for each list of versions.
 CLIENTS := $(patsubst tests/clients/%.txt,.venv-clients/%/.installed,$(wildcard tests/clients/*.txt))
+# The files with swarm tests: collecting all the others costs each worker ten seconds.
+SWARM = $(shell grep --recursive --files-with-matches --include='test_*.py' 'mark\.swarm' tests)
 say = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-swarm test-gpu check format bench clean
+.PHONY: help demo test test-fast test-swarm test-gpu lint check format bench clean
 # Steps share one environment and one machine's ports: never run two of them at once.
 .NOTPARALLEL:
 
@@ -52,7 +54,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/modelp2p demo $(ARGS)
 
-test: check test-fast test-swarm
+# Types are checked beside the swarm tests, which mostly wait.
+test: lint test-fast
+	@$(BIN)/mypy & types=$$!; $(MAKE) --no-print-directory test-swarm; swarm=$$?; wait $$types && exit $$swarm
 	$(call say,demo)
 	@$(BIN)/modelp2p demo $(ARGS)
 
@@ -62,19 +66,21 @@ test-fast: $(STAMP) $(CLIENTS)
 
 test-swarm: $(STAMP) $(CLIENTS)
 	$(call say,swarm tests (real libtorrent on loopback))
-	@$(BIN)/python -m pytest -q -m "swarm and not gpu and not slow" -n 4 --dist loadfile $(PYTEST)
+	@$(BIN)/python -m pytest -q -m "swarm and not gpu and not slow" -n 3 --dist loadfile $(SWARM) $(PYTEST)
 	$(call say,swarm tests that count time or bytes per second (one at a time))
-	@$(BIN)/python -m pytest -q -m "swarm and slow and not gpu" $(PYTEST)
+	@$(BIN)/python -m pytest -q -m "swarm and slow and not gpu" $(SWARM) $(PYTEST)
 
 test-gpu: $(STAMP)
 	$(call say,GPU tests)
 	@$(BIN)/python -m pytest -q -m gpu $(PYTEST)
 
-check: $(STAMP)
+lint: $(STAMP)
 	$(call say,ruff format)
 	@$(BIN)/ruff format --check --quiet .
 	$(call say,ruff check)
 	@$(BIN)/ruff check --quiet .
+
+check: lint
 	$(call say,mypy)
 	@$(BIN)/mypy --num-workers 2
 
