@@ -10,6 +10,7 @@ The protocol between shell and program is click's: https://click.palletsprojects
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ def completion(ctx: Context, shell: str) -> None:
     out(script(ctx.find_root().command, {}, PROGRAM, VARIABLE).source().rstrip())
 
 
-class _Offered(StringParamType):
+class _Offered(StringParamType, ABC):
     """A text for which a shell is offered what `_candidates` finds."""
 
     def shell_complete(self, ctx: Context, param: Parameter, incomplete: str) -> list[CompletionItem]:
@@ -60,8 +61,9 @@ class _Offered(StringParamType):
             found = ()
         return [item for item in found if item.value.startswith(incomplete)]
 
+    @abstractmethod
     def _candidates(self, app: App, incomplete: str) -> Iterable[CompletionItem]:
-        raise NotImplementedError
+        """What may be meant; what does not begin with `incomplete` is left out by the caller."""
 
 
 class _Paths(_Offered):

@@ -127,6 +127,8 @@ class Export:
     @contextmanager
     def _alone(self, path: str) -> Iterator[None]:
         """Keep other exports of the revision out for the time of the block, and leave nothing unfinished behind."""
+        from modelp2p.daemon.files import unlink_if_there
+
         name = f".{self.release.manifest.revision}.lock"
         with _writing(f"cannot write to '{path}'"):
             self._lock = os.open(name, (_CREATE | os.O_NONBLOCK) & ~os.O_EXCL, 0o666, dir_fd=self._base)
@@ -143,11 +145,11 @@ class Export:
                 if exc.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                     raise
             try:
-                _unlink_if_there(self._base, self._part_name)
+                unlink_if_there(self._base, self._part_name)
                 yield
             finally:
-                _unlink_if_there(self._base, self._part_name)
-                _unlink_if_there(self._base, name)
+                unlink_if_there(self._base, self._part_name)
+                unlink_if_there(self._base, name)
         finally:
             os.close(self._lock)
 
@@ -341,11 +343,11 @@ class Export:
             os.close(fd)
 
     def _give_name(self, parent: int, name: str, path: str) -> None:
-        from modelp2p.daemon.files import fsync_dir
+        from modelp2p.daemon.files import fsync_dir, is_name
 
         with _writing(f"cannot write '{path}'"):
             # Nobody but a program of the user's own could have put it there since it was looked for.
-            if _is_name(parent, name):
+            if is_name(parent, name):
                 raise _in_the_way(path)
             os.rename(self._part_name, name, src_dir_fd=self._base, dst_dir_fd=parent)
         fsync_dir(parent)
@@ -383,18 +385,3 @@ def _in_the_way(path: str) -> StoreError:
         hint="Move it away, or choose another folder. Nothing was overwritten.",
         path=path,
     )
-
-
-def _is_name(parent: int, name: str) -> bool:
-    try:
-        os.stat(name, dir_fd=parent, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _unlink_if_there(parent: int, name: str) -> None:
-    try:
-        os.unlink(name, dir_fd=parent)
-    except FileNotFoundError:
-        return

@@ -9,6 +9,7 @@ import os
 import stat
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
@@ -22,6 +23,7 @@ from modelp2p.cli.output import emit_block, emit_json, out, say, table
 from modelp2p.cli.progress import progress_of
 from modelp2p.cli.refs import name_of, open_user_path, ref_args, text_of, typed_ref
 from modelp2p.cli.results import Row
+from modelp2p.cli.taken import show_taken
 from modelp2p.cli.units import rate_text, size_text
 from modelp2p.protocol.errors import DaemonError, InterruptedFetchError
 from modelp2p.protocol.names import NameRef
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 
 MAX_PLAN_BYTES = 16 << 20
 """What a dry run may list, beside the control frame: 10,000 paths of 1,024 bytes, with two sizes each."""
-_KEYS = ("path", "name", "revision", "info_hash", "publisher", "state", "bytes", "from_peers", "from_web", "seconds")
 _fetch_options = together(
     click.option("--include", multiple=True, metavar="GLOB", help="Only files that match; may be repeated."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="No files that match; may be repeated."),
@@ -94,7 +95,7 @@ def fetch(
         tree = result.text("path")
         local.place(tree, local_dir, flags["include"], flags["exclude"])
         result.source.update(path=os.path.abspath(local_dir), store_path=tree)
-    _show_result(app, result, seconds)
+    show_taken(app, result, seconds, partial(_details, result))
 
 
 @click.command()
@@ -138,7 +139,7 @@ def adopt(
         result, _, seconds = _run(app, "adopt", typed, args, [fd], None if flags["no_hf_cache"] else cache)
     finally:
         os.close(fd)
-    _show_result(app, result, seconds)
+    show_taken(app, result, seconds, partial(_details, result))
 
 
 def _args_of(flags: _Flags) -> Map:
@@ -182,31 +183,15 @@ def _run(
                 done=progress.situation.done,
                 total=progress.situation.total,
             ) from exc
-    # The daemon's own time leaves out its start; on the wire it has no fraction.
-    milliseconds = result.source.pop("milliseconds", None)
-    return result, contents, milliseconds / 1000 if isinstance(milliseconds, int) else seconds
+    return result, contents, seconds
 
 
-def _show_result(app: App, result: Row, seconds: float) -> None:
-    result.source.setdefault("hf_cache", None)
-    if app.as_json:
-        emit_json(result.first(*_KEYS) | {"seconds": round(seconds, 3)})
-        return
-    if app.quiet:
-        out(result.text("path"))
-        return
-    unverified = "" if result.flag("name_verified") else " (name not verified: nobody is trusted for it here)"
-    emit_block(
-        [
-            ("Path", result.text("path")),
-            ("HF cache", result.source.get("hf_cache")),
-            ("Release", result.ref),
-            ("Signed by", result.text("publisher") + unverified),
-            ("Adopted", size_text(result.number("adopted")) if "adopted" in result.source else ""),
-            ("Status", _status(result, seconds)),
-            ("Note", result.text("note", "")),
-        ]
-    )
+def _details(result: Row, seconds: float) -> list[tuple[str, str]]:
+    return [
+        ("Adopted", size_text(result.number("adopted")) if "adopted" in result.source else ""),
+        ("Status", _status(result, seconds)),
+        ("Note", result.text("note", "")),
+    ]
 
 
 def _status(result: Row, seconds: float) -> str:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from glob import escape
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,10 @@ from modelp2p.cli.app import App, pass_app
 from modelp2p.cli.connection import daemon
 from modelp2p.cli.hfcache import cache_folder, put_into_cache, trust_command
 from modelp2p.cli.options import client_options
-from modelp2p.cli.output import emit_block, emit_json, out
 from modelp2p.cli.progress import progress_of
 from modelp2p.cli.refs import open_user_path
 from modelp2p.cli.results import Row
+from modelp2p.cli.taken import show_taken
 from modelp2p.cli.units import size_text
 from modelp2p.protocol import exported
 from modelp2p.protocol.errors import (
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from modelp2p.protocol.statement import Release
 
 _WITHOUT_SUMS = "Choose the files yourself, with --include or --exclude: then it is not read."
-_KEYS = ("path", "name", "revision", "info_hash", "publisher", "state", "bytes", "from_peers", "from_web", "seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +126,7 @@ def import_release(
             cache = None if no_hf_cache else cache_folder(app.environ)
             if cache is not None:
                 result.source["hf_cache"] = put_into_cache(app, client, result, cache, found.bundle, moves_main=False)
-    milliseconds = result.source.pop("milliseconds", None)
-    _show(app, result, milliseconds / 1000 if isinstance(milliseconds, int) else time.monotonic() - started)
+    show_taken(app, result, time.monotonic() - started, partial(_details, result))
 
 
 def _check_id(publisher: str) -> None:
@@ -237,23 +236,7 @@ def _consent(bundle: str, release: Release) -> str:
     )
 
 
-def _show(app: App, result: Row, seconds: float) -> None:
-    result.source.setdefault("hf_cache", None)
-    if app.as_json:
-        emit_json(result.first(*_KEYS) | {"seconds": round(seconds, 3)})
-        return
-    if app.quiet:
-        out(result.text("path"))
-        return
-    unverified = "" if result.flag("name_verified") else " (name not verified: nobody is trusted for it here)"
+def _details(result: Row, seconds: float) -> list[tuple[str, str]]:
     taken = result.number("adopted")
     how = f"{size_text(taken)} taken in and verified in {seconds:.1f} s" if taken else "up to date"
-    emit_block(
-        [
-            ("Path", result.text("path")),
-            ("HF cache", result.source.get("hf_cache")),
-            ("Release", result.ref),
-            ("Signed by", result.text("publisher") + unverified),
-            ("Status", f"{result.text('state')}: {how}"),
-        ]
-    )
+    return [("Status", f"{result.text('state')}: {how}")]

@@ -31,7 +31,9 @@ __all__ = [
     "create_staging",
     "finish_file",
     "fsync_dir",
+    "is_name",
     "temporary_name",
+    "unlink_if_there",
     "write_all",
     "write_atomic",
     "written_ranges",
@@ -205,3 +207,20 @@ def _make_dirs(folder: Path) -> None:
 
 def _planted(path: str, why: str) -> StoreError:
     return StoreError(f"'{path}' {why}; modelp2p will not write there", hint="Remove it; somebody put it there.", path=path)
+
+
+def is_name(parent: int, name: str) -> bool:
+    """Whether a folder holds that name; a link counts, wherever it leads."""
+    try:
+        os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def unlink_if_there(parent: int, name: str) -> None:
+    """Take a name out of a folder. Idempotent."""
+    try:
+        os.unlink(name, dir_fd=parent)
+    except FileNotFoundError:
+        return

@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias, assert_never
 
 from modelp2p.daemon.beneath import open_beneath, parent_beneath
 from modelp2p.daemon.diskerror import on_disk
-from modelp2p.daemon.files import FileStamp, fsync_dir, temporary_name, write_all
+from modelp2p.daemon.files import FileStamp, fsync_dir, is_name, temporary_name, unlink_if_there, write_all
 from modelp2p.protocol.errors import CorruptError, StoreError
 
 Way: TypeAlias = Literal["reflink", "link", "copy"]
@@ -83,7 +83,7 @@ def place_copy(
                         raise CorruptError(f"the source of '{path}' changed while it was read", path=path)
                     _give_name(parent, temporary, name, replace=replace)
             finally:
-                _unlink_if_there(parent, temporary)
+                unlink_if_there(parent, temporary)
             fsync_dir(parent)
             return way
     raise StoreError(f"'{path}' cannot be placed here by {' or '.join(ways)}", path=path)
@@ -115,7 +115,7 @@ def link_visible(src_dirfd: int, src_path: str, dst_dirfd: int, dst_path: str, *
                         raise StoreError(f"'{src_path}' was replaced while it was linked", path=src_path)
                     _give_name(parent, temporary, name, replace=replace)
                 finally:
-                    _unlink_if_there(parent, temporary)
+                    unlink_if_there(parent, temporary)
             os.fsync(parent)
             return FileStamp.of(os.fstat(probe))
     finally:
@@ -203,7 +203,7 @@ def _give_name(parent: int, temporary: str, name: str, *, replace: bool) -> None
             # exFAT and some FUSE file systems have no hard links; there a look before the rename is all there is.
             if exc.errno not in _NOT_THIS_WAY:
                 raise
-        if _is_name(parent, name):
+        if is_name(parent, name):
             raise StoreError(f"'{name}' exists already", path=name)
     os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
 
@@ -214,18 +214,3 @@ def _is_inode(parent: int, name: str, expected: os.stat_result) -> bool:
     except FileNotFoundError:
         return False
     return (found.st_dev, found.st_ino) == (expected.st_dev, expected.st_ino)
-
-
-def _is_name(parent: int, name: str) -> bool:
-    try:
-        os.stat(name, dir_fd=parent, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _unlink_if_there(parent: int, name: str) -> None:
-    try:
-        os.unlink(name, dir_fd=parent)
-    except FileNotFoundError:
-        return

@@ -14,15 +14,10 @@ import threading
 import time
 from pathlib import Path
 
-from modelp2p.daemon.folder import ReleaseFolder
-from modelp2p.daemon.library import Library
-from modelp2p.daemon.node import pieces_of
-from modelp2p.daemon.store import Store
-from modelp2p.protocol.journal import Selection
 from tests.bench.bench_fetch import make_model
 from tests.bench.bench_publish import family
 from tests.bench.machine import parse_size, report, resident_bytes
-from tests.bench.sparse import sparse_statement
+from tests.bench.sparse import hold_sparse
 from tests.nodes import Node
 
 SPARSE_BYTES = 10 << 30
@@ -70,20 +65,8 @@ def sample(node: Node, peaks: dict[str, int]) -> None:
 def seeding(work: Path, releases: int) -> dict[str, int]:
     """Resident bytes of a node that serves many sparse releases."""
     with Node(work / "many") as node:
-        store = Store.open(node.home)
-        library = Library(store)
         for number in range(releases):
-            statement, release = sparse_statement(number, SPARSE_BYTES)
-            library.add(statement, release)
-            folder = ReleaseFolder.open(store, release)
-            for path in release.pieces.paths:
-                folder.stage((path,), reserve=False, keep_free_bytes=0)
-                folder.sync_proven(pieces_of(release, (path,)))
-                folder.finish(path)
-            folder.select(Selection((), (), release.pieces.paths))
-            folder.complete()
-            folder.close()
-        store.close()
+            hold_sparse(node.home, number, SPARSE_BYTES)
         node.start()
         time.sleep(5)
         peaks = {"daemon": 0, "engine": 0, "hash_workers": 0, "daemon_and_engine": 0}

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import datetime
 import random
+from pathlib import Path
 
+from modelp2p.daemon.folder import ReleaseFolder
+from modelp2p.daemon.library import Library
+from modelp2p.daemon.node import pieces_of
+from modelp2p.daemon.store import Store
 from modelp2p.protocol import torrent
 from modelp2p.protocol.envelope import Envelope, Signature, encode_envelope, pae
+from modelp2p.protocol.journal import Selection
 from modelp2p.protocol.kinds import kind_of
 from modelp2p.protocol.layers import encode_layers, make_layers
 from modelp2p.protocol.manifest import FileEntry, Manifest, content_revision, encode_manifest
@@ -44,3 +50,23 @@ def sparse_statement(number: int, size: int) -> tuple[Statement, Release]:
         encode_chain([root_document]),
     )
     return statement, verify_statement(statement)
+
+
+def hold_sparse(home: Path, number: int, size: int) -> Release:
+    """Give a node that does not run a release of holes, recorded as complete.
+
+    Holes are not the bytes that the statement is about, and nobody notices: a daemon relies on what it has recorded.
+    """
+    store = Store.open(home)
+    statement, release = sparse_statement(number, size)
+    Library(store).add(statement, release)
+    folder = ReleaseFolder.open(store, release)
+    for path in release.pieces.paths:
+        folder.stage((path,), reserve=False, keep_free_bytes=0)
+        folder.sync_proven(pieces_of(release, (path,)))
+        folder.finish(path)
+    folder.select(Selection((), (), release.pieces.paths))
+    folder.complete()
+    folder.close()
+    store.close()
+    return release

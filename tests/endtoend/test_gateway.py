@@ -14,13 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from modelp2p.daemon.folder import ReleaseFolder
-from modelp2p.daemon.library import Library
-from modelp2p.daemon.node import pieces_of
-from modelp2p.daemon.store import Store
 from modelp2p.protocol import layout
-from modelp2p.protocol.journal import Selection
-from tests.bench.sparse import SHARDS, sparse_statement
+from tests.bench.sparse import SHARDS, hold_sparse
 from tests.clients.programs import GENERATIONS, NEWEST, OLDEST, Generation, Program, environment_of
 from tests.endtoend.site import MIB, model, size_of, some_bytes, weights
 from tests.nodes import tree_bytes, wait_until
@@ -277,7 +272,8 @@ def test_no_spelling_of_a_path_leads_to_another_file(pair: Pair, shared: Shared,
 def test_a_file_too_large_for_a_plain_download_is_downloaded(pair: Pair, tmp_path: Path) -> None:
     size = 50 * 1000**3 + 4096  # over the MAX_HTTP_DOWNLOAD_SIZE of huggingface_hub
     node = pair.site.node("large", start=False)
-    name, path = hold_sparse(node, SHARDS * size)
+    release = hold_sparse(node.home, 0, SHARDS * size)
+    name, path = str(release.manifest.name), release.pieces.paths[0]
     node.start()
     bundle = tmp_path / "large.modelp2p"
     node.ok("show", name, "--bundle", str(bundle))
@@ -297,26 +293,6 @@ def test_a_file_too_large_for_a_plain_download_is_downloaded(pair: Pair, tmp_pat
             wait_until(partial(has_begun, user, name), 60, "a download")
             program.process.kill()
     assert curl("-r", f"{size - 9}-", f"{endpoint}/{name}/resolve/main/{path}") == bytes(9)
-
-
-def hold_sparse(node: Node, size: int) -> tuple[str, str]:
-    """Give a node that does not run a release of holes, recorded as complete; its name and one of its files.
-
-    Holes are not the bytes that the statement is about, and nobody notices: a daemon relies on what it has recorded.
-    """
-    store = Store.open(node.home)
-    statement, release = sparse_statement(0, size)
-    Library(store).add(statement, release)
-    folder = ReleaseFolder.open(store, release)
-    for path in release.pieces.paths:
-        folder.stage((path,), reserve=False, keep_free_bytes=0)
-        folder.sync_proven(pieces_of(release, (path,)))
-        folder.finish(path)
-    folder.select(Selection((), (), release.pieces.paths))
-    folder.complete()
-    folder.close()
-    store.close()
-    return str(release.manifest.name), release.pieces.paths[0]
 
 
 def test_who_hangs_up_is_noticed_at_once(pair: Pair) -> None:
